@@ -1,0 +1,35 @@
+"""AGR and AdaL, optimizers for deep networks, at home in the Hugging Face ecosystem."""
+
+from agr_hf.optim import (
+    ACProp,
+    AdaL,
+    Adan,
+    AGRAdam,
+    AGRAdamW,
+    AGRAdan,
+    NosAdam,
+    agr,
+    agr_param_groups,
+    attach_agr,
+    create_optimizer,
+    l1_norms,
+    list_optimizers,
+)
+from agr_hf.version import __version__
+
+__all__ = [
+    "ACProp",
+    "AGRAdam",
+    "AGRAdamW",
+    "AGRAdan",
+    "AdaL",
+    "Adan",
+    "NosAdam",
+    "__version__",
+    "agr",
+    "agr_param_groups",
+    "attach_agr",
+    "create_optimizer",
+    "l1_norms",
+    "list_optimizers",
+]

@@ -1,0 +1,292 @@
+"""The step that every optimizer of the package shares: one reduction, then one pass.
+
+A rule (agr.py, adal.py, adan.py, acprop.py, nosadam.py) says only how a batch of gradients changes parameters and
+state. Everything that is hard for all of them is solved here once: low precision, memory formats, shards, clipping,
+L2 decay, late parameters, checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.hyperparameters import check_group
+from agr_hf.optim.layout import Layout
+from agr_hf.optim.norms import is_dtensor, local, reduced
+from agr_hf.optim.reduction import reduce_norms
+from agr_hf.optim.work import Batch, Work, batches
+
+# How a step is computed is this run's choice; what it computes is the checkpoint's.
+IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
+# Keys of torch's optimizers that mean nothing here, and would mislead a torch optimizer that loads our state later.
+FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay")
+
+
+class StepOptimizer(torch.optim.Optimizer):
+    """Base of the package's optimizers. A subclass states its state and its rule:
+
+    - `state_keys`: names of the state tensors shaped like the parameter;
+    - `scalar_state`: names of per-parameter 0-dim state tensors with their first values (kept in float64);
+    - `uses_norms`: whether the rule needs every l1 norm (AGR's are asked for where Psi applies);
+    - `fused_devices`: types of the devices on which it has a one-pass kernel;
+    - `l2_decay(group)`: whether weight decay is part of the gradient (L2) or left to the rule (decoupled);
+    - `update(batch)`: the rule.
+    """
+
+    state_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    scalar_state: Mapping[str, float] = {}
+    uses_norms = False
+    fused_devices: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._matrices: list[int] = []  # how many matrices each group was made with
+        super().__init__(params, defaults)
+
+    # ---- to be stated by a rule
+
+    def l2_decay(self, group: dict[str, Any]) -> bool:
+        return True
+
+    def update(self, batch: Batch) -> None:
+        raise NotImplementedError(f"{type(self).__name__} states no rule: define update(batch)")
+
+    def finish(self, works: list[Work]) -> None:
+        """Bring `scalar_state` up to date, once a tensor and step: `update` sees large tensors in pieces."""
+
+    # ---- parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: a hyperparameter is out of range, or a parameter is complex or a flattened shard.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, type(self).__name__, len(self.defaults["betas"]))
+            for param in group["params"]:
+                self._check_param(param, group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._matrices.append(_count_matrices(group))
+
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        if group["fused"] and param.device.type not in self.fused_devices:
+            raise ValueError(
+                f"fused=True was given, but {name} has no fused kernel on {param.device.type}"
+                + (f" (only on {', '.join(self.fused_devices)})" if self.fused_devices else "")
+                + "; leave fused=None for the fastest step there is"
+            )
+        if not param.is_floating_point():
+            raise ValueError(
+                f"{name} trains real floating-point parameters, but one of dtype {param.dtype} and shape "
+                f"{tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
+                "integer (quantized) parameters out"
+            )
+        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                f"{name} needs each layer's own gradient, but FSDP1 has flattened the layers of this model into one "
+                f"parameter of {param.numel()} elements; use FSDP2 (torch.distributed.fsdp.fully_shard, or "
+                "fsdp_version: 2 in the accelerate config), or FSDP1 with use_orig_params=True and ShardingStrategy."
+                "NO_SHARD"
+            )
+
+    def _check_not_flattened(self) -> None:
+        """DeepSpeed ZeRO swaps a group's parameters for one flat partition after the optimizer was made."""
+        for group, matrices in zip(self.param_groups, self._matrices, strict=True):
+            if matrices and not _count_matrices(group):
+                raise RuntimeError(
+                    f"{type(self).__name__} was made for a group with {matrices} matrices and finds only "
+                    "1-dimensional tensors now: the layers were flattened (DeepSpeed ZeRO does so), and each layer's "
+                    "own gradient is needed; use FSDP2 or DDP, or ZeRO stage 0"
+                )
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or the layers of a group were flattened after it was made.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_not_flattened()
+        works = [work for group in self.param_groups for work in self._collect(group)]
+        if works:
+            scales = reduce_norms(works, self.param_groups)
+            for group in self.param_groups:
+                mine = [work for work in works if work.group is group]
+                for batch, written in batches(mine, scales[id(group)]):
+                    self.update(batch)
+                    for target, source in written:
+                        target.copy_(source)
+            for work in works:
+                if work.target is not None:
+                    work.target.copy_(work.param)
+            self.finish(works)
+        return loss
+
+    def _collect(self, group: dict[str, Any]) -> list[Work]:
+        # Not `in group`: groups of agr_param_groups name `agr` for optimizers that have none.
+        has_agr = "agr" in self.defaults and group["agr"]
+        active = has_agr and (group["agr_steps"] is None or group["agr_step"] < group["agr_steps"])
+        works = []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients, but one of layout {grad.layout} and shape "
+                    f"{tuple(grad.shape)} was given; make the embedding with sparse=False"
+                )
+            state = self.state[param]
+            first = "step" not in state
+            if first:
+                self._init_state(param, group, state)
+            work = Work(param, reduced(grad, param), group)
+            work.first = first
+            state["step"] += 1
+            work.step = state["step"] if group["capturable"] else state["step"].item()
+            work.scalars = {key: state[key] for key in ("step", *self.scalar_state)}
+            if work.param.numel():
+                work.state = self._local_state(param, state, work.layout)
+            # A one-element tensor's share of its own norm is 1: Psi would erase it.
+            work.psi = active and param.ndim >= group["min_ndim"] and param.numel() > 1
+            work.needs_norm = work.psi or self.uses_norms
+            work.coupled = bool(group["weight_decay"]) and self.l2_decay(group)
+            works.append(work)
+        if works and has_agr:
+            group["agr_step"] += 1
+        return works
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        device = local(param).device if group["capturable"] else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        for key in self.state_keys:
+            state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        for key, value in self.scalar_state.items():
+            # With the gradients: a norm of a GPU's gradient must never be waited for.
+            state[key] = torch.tensor(value, dtype=torch.float64, device=local(param).device)
+
+    def _local_state(self, param: Tensor, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
+        locals_: dict[str, Tensor] = {}
+        for key in self.state_keys:
+            tensor = local(state[key])
+            if layout.view(tensor) is None:
+                # Loaded from a file that keeps no strides, or the model changed its memory format since.
+                tensor = layout.relaid(tensor)
+                if is_dtensor(param):
+                    state[key].to_local().set_(tensor)
+                else:
+                    state[key] = tensor
+            locals_[key] = tensor
+        return locals_
+
+    # ---- checkpoints
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "defaults" in state:  # unpickled or copied; load_state_dict looks after its own groups
+            self._matrices = [_count_matrices(group) for group in self.param_groups]
+            for group in self.param_groups:
+                _complete(group, self.defaults, self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer, or of torch's optimizer with the same state keys.
+
+        Moments come back in float32 (float64 for float64 parameters) whatever the parameter's dtype. Options that the
+        file does not know (a state saved by torch.optim.AdamW has no `agr`) keep this optimizer's values, and so do
+        `foreach`, `fused` and `capturable`, which say how and not what to compute.
+
+        Args:
+            state_dict: what `state_dict()` returned. It is not changed, and shares tensors with this optimizer
+                afterwards only as torch's own would.
+
+        Raises:
+            ValueError: the groups do not match, or the state was saved by an optimizer with other state keys.
+        """
+        final: dict[str, Any] = {}
+
+        def remember(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            self._check_loadable(given)
+            final.update(given)
+
+        before = [dict(group) for group in self.param_groups]
+        # A hook sees the state as other hooks leave it, and before torch rounds it to the parameters' dtype.
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = [i for group in final["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        for i, param, group in zip(ids, params, groups, strict=True):
+            if i in final["state"]:
+                self._restore(param, group, final["state"][i])
+        for group, old in zip(self.param_groups, before, strict=True):
+            for key in FOREIGN_KEYS:
+                group.pop(key, None)
+            for key in IMPLEMENTATION_KEYS:
+                group[key] = old[key]
+            _complete(group, old, self.state)
+
+    def _check_loadable(self, given: dict[str, Any]) -> None:
+        name = type(self).__name__
+        if any(group.get("amsgrad") for group in given["param_groups"]):
+            raise ValueError(f"this state was saved with amsgrad=True, which {name} does not have; start it afresh")
+        for i, state in given["state"].items():
+            missing = [key for key in self.state_keys if key not in state]
+            if state and missing:
+                raise ValueError(
+                    f"this state was saved by another optimizer: {name} needs {', '.join(self.state_keys)} for each "
+                    f"parameter, but that of parameter {i} holds {', '.join(map(str, state))}; start {name} afresh"
+                )
+
+    def _restore(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Undo the rounding of torch's load_state_dict, which casts moments to the parameter's dtype."""
+        state = self.state[param]
+        if not state:
+            return
+        device = local(param).device
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        for key in self.state_keys:
+            state[key] = saved[key].to(device=device, dtype=dtype)
+        for key, first in self.scalar_state.items():
+            value = saved.get(key, first)
+            state[key] = torch.as_tensor(value, dtype=torch.float64).to(device, copy=True)
+        # A fused or capturable optimizer of torch keeps it on the device, where reading it would stall every step.
+        step = torch.as_tensor(saved["step"], dtype=torch.float32)
+        state["step"] = step.to(device if group["capturable"] else "cpu", copy=True)
+
+
+def _count_matrices(group: dict[str, Any]) -> int:
+    return sum(param.ndim > 1 for param in group["params"])
+
+
+def _complete(group: dict[str, Any], values: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Give a group that was saved before an option existed, or by another optimizer, the values it lacks."""
+    if "agr_step" in values and "agr_step" not in group:
+        # A run that began without AGR has made these steps all the same.
+        steps = [float(state[param]["step"]) for param in group["params"] if state.get(param)]
+        group["agr_step"] = int(max(steps, default=0))
+    for key, value in values.items():
+        group.setdefault(key, value)
