@@ -173,6 +173,9 @@ class AGRAdan(_Adan):
             grads = psi(batch)
             self.adan_(batch, grads, grads, self.difference_(batch, grads))
             return
+        if not batch.needs_norm:  # AGR does not apply, or no longer: Adan as it is
+            self.adan_(batch, batch.grads, batch.grads, self.difference_(batch, batch.grads))
+            return
         regularized = psi(batch)
         if batch.first:
             diffs = batch.state["neg_pre_grad"]  # zero

@@ -163,7 +163,8 @@ class StepOptimizer(torch.optim.Optimizer):
             work = Work(param, reduced(grad, param), group)
             work.first = first
             state["step"] += 1
-            work.step = state["step"] if group["capturable"] else state["step"].item()
+            # float64: 1 - 0.999^t loses four digits in float32.
+            work.step = state["step"].double() if group["capturable"] else state["step"].item()
             work.scalars = {key: state[key] for key in ("step", *self.scalar_state)}
             if work.param.numel():
                 work.state = self._local_state(param, state, work.layout)

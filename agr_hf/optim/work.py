@@ -86,6 +86,7 @@ class Batch:
         self.works = works
         self.group = works[0].group
         self.psi = works[0].psi
+        self.needs_norm = works[0].needs_norm
         self.first = works[0].first
         self.on_host = works[0].on_host
 
@@ -131,7 +132,7 @@ def batches(works: Sequence[Work], scale: Scalar) -> Iterator[tuple[Batch, list[
     alike: dict[tuple[Any, ...], list[Work]] = {}
     for work in works:
         if work.param.numel():
-            key = (work.param.device, work.param.dtype, work.grad.dtype, work.psi, work.first)
+            key = (work.param.device, work.param.dtype, work.grad.dtype, work.needs_norm, work.psi, work.first)
             alike.setdefault(key, []).append(work)
     for members in alike.values():
         for pieces in _cut(members):
