@@ -7,6 +7,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# No deadline: machines that run tests are shared.
+settings.register_profile("agr_hf", deadline=None)
+settings.load_profile("agr_hf")
 
 
 @pytest.fixture(autouse=True)

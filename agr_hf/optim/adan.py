@@ -15,6 +15,7 @@ from agr_hf.optim.work import Batch, Work
 class _Adan(StepOptimizer):
     # The previous gradient is kept with its sign changed, as timm does: adding to it gives the difference in place.
     state_keys = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
+    betas_count = 3
 
     def l2_decay(self, group: dict[str, Any]) -> bool:
         return False

@@ -40,6 +40,7 @@ class StepOptimizer(torch.optim.Optimizer):
     scalar_state: Mapping[str, float] = {}
     uses_norms = False
     fused_devices: tuple[str, ...] = ()
+    betas_count = 2
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._matrices: list[int] = []  # how many matrices each group was made with
@@ -67,7 +68,7 @@ class StepOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, type(self).__name__, len(self.defaults["betas"]))
+            check_group(group, type(self).__name__, self.betas_count)
             for param in group["params"]:
                 self._check_param(param, group)
         except Exception:
@@ -218,8 +219,7 @@ class StepOptimizer(torch.optim.Optimizer):
         `foreach`, `fused` and `capturable`, which say how and not what to compute.
 
         Args:
-            state_dict: what `state_dict()` returned. It is not changed, and shares tensors with this optimizer
-                afterwards only as torch's own would.
+            state_dict: what `state_dict()` returned. It is copied, and never changed by later steps.
 
         Raises:
             ValueError: the groups do not match, or the state was saved by an optimizer with other state keys.
@@ -270,7 +270,7 @@ class StepOptimizer(torch.optim.Optimizer):
         device = local(param).device
         dtype = torch.promote_types(param.dtype, torch.float32)
         for key in self.state_keys:
-            state[key] = saved[key].to(device=device, dtype=dtype)
+            state[key] = saved[key].to(device=device, dtype=dtype, copy=True)
         for key, first in self.scalar_state.items():
             value = saved.get(key, first)
             state[key] = torch.as_tensor(value, dtype=torch.float64).to(device, copy=True)

@@ -115,7 +115,9 @@ class Batch:
     def lr(self) -> Scalar:
         lr = self.group["lr"]
         if isinstance(lr, Tensor):
-            return lr.item() if lr.is_cpu and not self.group["capturable"] else lr.to(self.params[0].device)
+            if lr.is_cpu and not self.group["capturable"]:
+                return lr.item()
+            return lr.to(self.params[0].device, torch.float64)  # 1 - lr * weight_decay needs the digits
         return float(lr)
 
 

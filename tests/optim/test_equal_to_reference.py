@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import OURS, PLAIN, as_parameters, gradients, initial, run_optimizer, run_reference
 
+from agr_hf.optim.reference import psi
 from agr_hf.optim.registry import OPTIMIZERS
 
 STEPS = 100
@@ -155,3 +156,27 @@ def test_adal_as_printed_differs_from_the_optimizer_by_its_epsilon_only():
     torch.testing.assert_close(printed, run, rtol=0, atol=1e-12)
     at_zero = reference.adal_as_printed(theta, 0 * g, {}, 1, alpha=1e-3, betas=(0.9, 0.999), eps=1e-8)
     assert at_zero.isnan().all()  # inf * 0, why the optimizer does not follow the print
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("size", [1e-36, 1e30])
+def test_gradients_of_extreme_size_follow_the_rule(name, size):
+    """At 1e-36 AGRAdamW's fold of Psi into the momentum would overflow float32; at 1e30 g^2 does, as in torch."""
+    thetas, steps = initial(), [[size * g for g in grads] for grads in gradients(5)]
+    options = {"lr": LR, "eps": 0.0 if size < 1 else 1e-8, "weight_decay": 0.0}
+    params = as_parameters(thetas, torch.float32)
+    optimizer = OPTIMIZERS[name].cls(params, **options)
+    run_optimizer(optimizer, params, steps)
+    plain = as_parameters(thetas, torch.float32)
+    baseline = OPTIMIZERS[name].cls(plain, agr=False, **options)
+    run_optimizer(baseline, plain, steps)
+    # Momentum in units of the gradient: the rule's, and not the baseline's.
+    want = [torch.zeros_like(theta) for theta in thetas]
+    for grads in steps:
+        for i, g in enumerate(grads):
+            want[i] = 0.9 * want[i] + 0.1 * (psi(g) if g.ndim >= 2 else g)
+    if name != "agr_adan":
+        for p, w in zip(params, want, strict=True):
+            torch.testing.assert_close(optimizer.state[p]["exp_avg"].double() / size, w / size, rtol=1e-4, atol=1e-4)
+    weight, plain_weight = optimizer.state[params[2]]["exp_avg"], baseline.state[plain[2]]["exp_avg"]
+    assert ((weight - plain_weight).abs() > 1e-3 * plain_weight.abs()).any()

@@ -1,0 +1,320 @@
+"""The rules that design promises of every optimizer's step, each with a test that fails without it."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from oracle import OURS, WITH_AGR, as_parameters, gradients, initial, run_optimizer
+
+from agr_hf.optim.registry import OPTIMIZERS
+
+every_optimizer = pytest.mark.parametrize("name", OURS)
+variants = pytest.mark.parametrize(
+    "variant", [{}, {"foreach": True}, {"foreach": False}, {"capturable": True}], ids=str
+)
+
+
+def make(name, params, **options):
+    return OPTIMIZERS[name].cls(params, lr=options.pop("lr", 1e-2), **options)
+
+
+def one_step(name, grad, **options):
+    param = torch.nn.Parameter(torch.ones_like(grad))
+    param.grad = grad.clone()
+    optimizer = make(name, [param], **options)
+    optimizer.step()
+    return param, optimizer
+
+
+@every_optimizer
+@variants
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "max_grad_norm": 0.1, "maximize": True}], ids=str)
+def test_gradients_are_never_changed(name, variant, options):
+    params = as_parameters(initial(), torch.float32)
+    optimizer = make(name, params, **variant, **options)
+    for grads in gradients(3):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.float()
+        optimizer.step()
+        for param, grad in zip(params, grads, strict=True):
+            assert torch.equal(param.grad, grad.float())
+
+
+@every_optimizer
+@variants
+def test_zero_gradients_and_zero_learning_rate_make_no_nan(name, variant):
+    """timm's ResNets start with residual branches of exactly zero gradient; DCP steps once with zeros and lr 0."""
+    for lr in (0.0, 1e-2):
+        param, optimizer = one_step(name, torch.zeros(3, 4), lr=lr, **variant)
+        assert torch.equal(param.detach(), torch.ones(3, 4)) or name == "agr_adamw"  # which decays
+        param.grad = torch.zeros(3, 4)
+        optimizer.step()
+        assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("name", WITH_AGR)
+@variants
+def test_one_element_tensors_are_not_regularized(name, variant):
+    param, optimizer = one_step(name, torch.full((1, 1), 3.0), min_ndim=0, **variant)
+    plain, _ = one_step(name, torch.full((1, 1), 3.0), agr=False, **variant)
+    assert torch.equal(param, plain)
+    assert optimizer.state[param]["exp_avg"] != 0
+
+
+@pytest.mark.parametrize("name", ["agr_adamw", "agr_adam"])
+@variants
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_nan_or_inf_element_does_what_it_does_in_torch(name, variant, bad):
+    grad = torch.randn(5, 6)
+    grad[2, 3] = bad
+    param, optimizer = one_step(name, grad, **variant)
+    like = torch.nn.Parameter(torch.ones(5, 6))
+    like.grad = grad.clone()
+    torchs = OPTIMIZERS[name.removeprefix("agr_")].cls([like], lr=1e-2)
+    torchs.step()
+    torch.testing.assert_close(param, like, equal_nan=True, rtol=1e-6, atol=1e-7)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(optimizer.state[param][key], torchs.state[like][key], equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["agr_adan", "adal", "adan", "acprop", "nosadam"])
+@variants
+def test_a_nan_element_stays_where_it_is_unless_the_rule_spreads_it(name, variant):
+    grad = torch.randn(5, 6)
+    grad[2, 3] = math.nan
+    param, _ = one_step(name, grad, **variant)
+    # AdaL multiplies the whole tensor by its norm, which is NaN: as Adam on such a gradient would.
+    assert param.isnan().sum() == (30 if name == "adal" else 1)
+
+
+@every_optimizer
+def test_state_and_parameters_of_half_precision_are_float32_and_half(name):
+    param, optimizer = one_step(name, torch.randn(4, 5).bfloat16())
+    assert param.dtype == torch.bfloat16
+    tensors = {key: value for key, value in optimizer.state[param].items() if value.ndim}
+    assert tensors
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", WITH_AGR)
+def test_psi_acts_on_bfloat16_gradients_though_their_precision_cannot_hold_it(name):
+    grad = torch.randn(100, 100).bfloat16()
+    param, optimizer = one_step(name, grad)
+    _, plain = one_step(name, grad, agr=False)
+    plain_param = plain.param_groups[0]["params"][0]
+    assert not torch.equal(optimizer.state[param]["exp_avg"], plain.state[plain_param]["exp_avg"])
+
+
+@every_optimizer
+def test_state_is_lazy_and_frozen_parameters_have_none(name):
+    params = as_parameters(initial()[:3], torch.float32)
+    params[1].requires_grad_(False)
+    optimizer = make(name, params)
+    assert not optimizer.state
+    params[0].grad = torch.ones_like(params[0])
+    before = params[1].clone()
+    optimizer.step()
+    assert set(optimizer.state) == {params[0]}
+    assert torch.equal(params[1], before)
+
+
+@every_optimizer
+@variants
+def test_a_late_parameter_trains_as_if_its_own_first_step_were_the_first(name, variant):
+    steps = list(gradients(6))
+    late, alone = (as_parameters(initial(), torch.float64) for _ in range(2))
+    optimizer = make(name, late, **variant)
+    for i, grads in enumerate(steps):
+        for j, (param, grad) in enumerate(zip(late, grads, strict=True)):
+            param.grad = grad if i >= 3 or j != 2 else None
+        optimizer.step()
+    run_optimizer(make(name, alone, **variant), alone, steps[3:])
+    torch.testing.assert_close(late[2], alone[2], rtol=1e-13, atol=1e-13)
+    assert not torch.equal(late[0], alone[0])
+
+
+@every_optimizer
+@variants
+def test_empty_tensors_step_and_keep_their_shape(name, variant):
+    param, optimizer = one_step(name, torch.zeros(0, 7), **variant)
+    assert optimizer.state[param]["step"] == 1
+    assert optimizer.state[param]["exp_avg"].shape == (0, 7)
+
+
+@every_optimizer
+def test_complex_parameters_are_refused_with_the_way_out(name):
+    with pytest.raises(ValueError, match="complex64.*view_as_real"):
+        make(name, [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@every_optimizer
+def test_sparse_gradients_are_refused_with_the_way_out(name):
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = make(name, embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+
+
+@every_optimizer
+def test_fsdp1_flat_parameters_are_refused_with_the_way_out(name):
+    flat = torch.nn.Parameter(torch.ones(10))
+    flat._is_flat_param = True
+    with pytest.raises(ValueError, match="fully_shard"):
+        make(name, [flat])
+
+
+@every_optimizer
+def test_layers_flattened_behind_the_optimizer_are_refused_with_the_way_out(name):
+    """DeepSpeed ZeRO 1 and 2 put one flat fp32 partition in the place of a group's parameters."""
+    params = as_parameters(initial()[:4], torch.float32)
+    optimizer = make(name, params)
+    flat = torch.nn.Parameter(torch.cat([param.detach().flatten() for param in params]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="ZeRO"):
+        optimizer.step()
+
+
+def test_a_flattened_group_that_never_held_matrices_is_no_reason_to_refuse():
+    bias = torch.nn.Parameter(torch.ones(3))
+    bias.grad = torch.ones(3)
+    make("agr_adamw", [bias]).step()
+
+
+@every_optimizer
+def test_tied_weights_are_updated_once(name):
+    embedding, head = torch.nn.Embedding(7, 5), torch.nn.Linear(5, 7, bias=False)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, head)
+    optimizer = make(name, model.parameters())
+    model(torch.arange(7)).square().sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 1
+    assert optimizer.state[embedding.weight]["step"] == 1
+    assert head.weight is embedding.weight
+
+
+@every_optimizer
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_a_copied_optimizer_goes_on_with_the_same_bits(name, copied):
+    steps = list(gradients(6))
+    params = as_parameters(initial(), torch.float32)
+    optimizer = make(name, params)
+    run_optimizer(optimizer, params, steps[:3])
+    clone = copied(optimizer)
+    clones = clone.param_groups[0]["params"]
+    run_optimizer(optimizer, params, steps[3:])
+    run_optimizer(clone, clones, steps[3:])
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(params, clones, strict=True))
+
+
+@every_optimizer
+@variants
+def test_the_same_inputs_give_the_same_bits(name, variant):
+    runs = [as_parameters(initial(), torch.float32) for _ in range(2)]
+    for params in runs:
+        run_optimizer(make(name, params, **variant), params, gradients(5))
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@every_optimizer
+def test_a_closure_runs_with_gradients_enabled_and_its_loss_comes_back(name):
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = make(name, [param])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4.0
+    assert (param < 1).all()
+
+
+@every_optimizer
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_tensor_learning_rate_follows_its_value(name, capturable):
+    rate = torch.tensor(0.5)
+    ends = []
+    for lr in (rate, 0.5):
+        params = as_parameters(initial(), torch.float64)
+        optimizer = make(name, params, lr=lr, capturable=capturable)
+        run_optimizer(optimizer, params, gradients(2))
+        if lr is rate:
+            rate.fill_(0.125)
+        else:
+            optimizer.param_groups[0]["lr"] = 0.125
+        run_optimizer(optimizer, params, gradients(2, seed=5))
+        ends.append(params)
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@every_optimizer
+def test_schedulers_and_groups_set_each_groups_rate(name):
+    slow, fast = as_parameters([torch.zeros(3, 3)] * 2, torch.float64)
+    optimizer = make(name, [{"params": [slow], "lr": 1e-3}, {"params": [fast], "lr": 1e-2}])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    slow.grad = fast.grad = torch.ones(3, 3, dtype=torch.float64)
+    optimizer.step()
+    torch.testing.assert_close(10 * slow, fast)
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-3]
+
+
+@every_optimizer
+def test_hooks_and_added_groups_work_as_in_torch(name):
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    param.grad = torch.ones(2, 2)
+    optimizer = make(name, [param])
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    late = torch.nn.Parameter(torch.ones(2, 2))
+    late.grad = torch.ones(2, 2)
+    optimizer.add_param_group({"params": [late], "lr": 0.0})
+    optimizer.step()
+    assert calls == ["pre", "post"]
+    assert torch.equal(late.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("name", WITH_AGR)
+def test_agr_steps_counts_steps_of_the_group(name):
+    param = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = make(name, [{"params": [param], "agr_steps": 2}])
+    for i in range(4):
+        param.grad = torch.randn(3, 3)
+        optimizer.step()
+        assert optimizer.param_groups[0]["agr_step"] == i + 1
+    param.grad = None
+    optimizer.step()
+    assert optimizer.param_groups[0]["agr_step"] == 4  # nothing to regularize was seen
+
+
+@pytest.mark.parametrize("name", WITH_AGR)
+@pytest.mark.parametrize("min_ndim", [0, 1, 2, 3])
+def test_min_ndim_says_which_tensors_are_regularized(name, min_ndim):
+    params, plain = as_parameters(initial(), torch.float64), as_parameters(initial(), torch.float64)
+    run_optimizer(make(name, params, min_ndim=min_ndim), params, gradients(2))
+    run_optimizer(make(name, plain, agr=False), plain, gradients(2))
+    for p, q in zip(params, plain, strict=True):
+        assert torch.equal(p, q) == (p.ndim < min_ndim or p.numel() <= 1)
+
+
+@every_optimizer
+def test_a_step_without_any_gradient_does_nothing(name):
+    params = as_parameters(initial(), torch.float32)
+    make(name, params).step()
+    assert all(torch.equal(p.double(), theta.float().double()) for p, theta in zip(params, initial(), strict=True))
+
+
+@every_optimizer
+def test_a_nan_norm_makes_clipped_gradients_nan_as_in_torch(name):
+    params = as_parameters([torch.zeros(3, 3)] * 2, torch.float32)
+    params[0].grad, params[1].grad = torch.full((3, 3), math.nan), torch.ones(3, 3)
+    make(name, params, max_grad_norm=1.0).step()
+    assert params[1].isnan().all()

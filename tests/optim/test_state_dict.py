@@ -1,0 +1,191 @@
+"""State round trips: with itself, with torch's optimizers in mid-run, and with files of older versions."""
+
+import io
+
+import pytest
+import torch
+from oracle import OURS, WITH_AGR, as_parameters, gradients, initial, run_optimizer
+
+from agr_hf import AdaL, AGRAdam, AGRAdamW, AGRAdan
+from agr_hf.optim.registry import OPTIMIZERS
+
+every_optimizer = pytest.mark.parametrize("name", OURS)
+
+
+def through_a_file(state):
+    """As Trainer does it: nothing but what `weights_only=True` accepts."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def continued(make, params, state, steps):
+    clones = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    optimizer = make(clones)
+    optimizer.load_state_dict(state)
+    run_optimizer(optimizer, clones, steps)
+    return clones, optimizer
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_resumed_run_has_the_bits_of_one_never_stopped(name, dtype, capturable):
+    def make(params):
+        options = {"max_grad_norm": 1.0, "weight_decay": 0.1, "capturable": capturable}
+        if name in WITH_AGR and not capturable:
+            options["agr_steps"] = 5
+        return OPTIMIZERS[name].cls(params, lr=1e-2, **options)
+
+    steps = list(gradients(8))
+    params = as_parameters(initial(), dtype)
+    optimizer = make(params)
+    run_optimizer(optimizer, params, steps[:4])
+    clones, resumed = continued(make, params, through_a_file(optimizer.state_dict()), steps[4:])
+    run_optimizer(optimizer, params, steps[4:])
+    assert all(torch.equal(p, q) for p, q in zip(params, clones, strict=True))
+    for p, q in zip(params, clones, strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, resumed.state[q][key])
+            assert value.dtype == resumed.state[q][key].dtype
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("ours", "torchs"), [(AGRAdamW, torch.optim.AdamW), (AGRAdam, torch.optim.Adam)])
+def test_a_run_moves_from_torch_to_agr_and_back(ours, torchs, fused):
+    steps = list(gradients(9))
+    params = as_parameters(initial(), torch.float32)
+    optimizer = torchs(params, lr=1e-2, weight_decay=0.1, fused=fused)
+    run_optimizer(optimizer, params, steps[:3])
+    state = through_a_file(optimizer.state_dict())
+
+    clones, agr = continued(lambda p: ours(p, foreach=False), params, state, steps[3:6])
+    group = agr.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (1e-2, 0.1)
+    assert (group["agr"], group["min_ndim"], group["foreach"], group["fused"]) == (True, 2, False, None)
+    assert group["agr_step"] == 6  # steps of the run, AGR's or not: a suspension counts epochs of training
+    assert agr.state[clones[0]]["step"] == 6
+
+    back, torch_again = continued(
+        lambda p: torchs(p, foreach=False), clones, through_a_file(agr.state_dict()), steps[6:]
+    )
+    assert torch_again.state[back[0]]["step"] == 9
+    assert torch_again.param_groups[0].get("decoupled_weight_decay", ours is AGRAdamW) == (ours is AGRAdamW)
+    # With AGR off the round trip is torch's own run.
+    plain, _ = continued(lambda p: ours(p, foreach=False, agr=False), params, state, steps[3:6])
+    alone, _ = continued(lambda p: torchs(p, foreach=False), params, {**state, "param_groups": [
+        {**state["param_groups"][0], "fused": None, "foreach": False}]}, steps[3:6])  # fmt: skip
+    assert all(torch.equal(p, q) for p, q in zip(plain, alone, strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_AGR)
+def test_state_dicts_without_the_new_keys_keep_this_optimizers_options(name):
+    steps = list(gradients(4))
+    params = as_parameters(initial(), torch.float32)
+    optimizer = OPTIMIZERS[name].cls(params, lr=1e-2)
+    run_optimizer(optimizer, params, steps[:2])
+    state = optimizer.state_dict()
+    for key in ("agr", "agr_steps", "agr_step", "min_ndim", "second_moment", "max_grad_norm", "maximize", "foreach"):
+        del state["param_groups"][0][key]
+    for entry in state["state"].values():
+        entry.pop("pre_l1_norm", None)
+    _, resumed = continued(
+        lambda p: OPTIMIZERS[name].cls([{"params": p, "agr": False}], min_ndim=1), params, state, steps[2:]
+    )
+    assert resumed.param_groups[0]["agr"] is False
+    assert resumed.param_groups[0]["min_ndim"] == 1
+    assert resumed.param_groups[0]["second_moment"] == "raw"
+    assert resumed.param_groups[0]["lr"] == 1e-2
+
+
+@every_optimizer
+def test_moments_of_half_precision_parameters_come_back_in_float32_unrounded(name):
+    params = as_parameters(initial(), torch.bfloat16)
+    optimizer = OPTIMIZERS[name].cls(params, lr=1e-2)
+    run_optimizer(optimizer, params, gradients(3))
+    clones, resumed = continued(OPTIMIZERS[name].cls, params, optimizer.state_dict(), [])
+    for p, q in zip(params, clones, strict=True):
+        for key, value in optimizer.state[p].items():
+            assert resumed.state[q][key].dtype == value.dtype
+            assert torch.equal(resumed.state[q][key], value)
+
+
+def test_the_given_state_dict_is_left_alone_by_loading_and_by_later_steps():
+    params = as_parameters(initial(), torch.bfloat16)
+    optimizer = AGRAdamW(params, lr=1e-2)
+    run_optimizer(optimizer, params, gradients(2))
+    state = through_a_file(optimizer.state_dict())
+    kept = through_a_file(state)
+    continued(AGRAdamW, params, state, list(gradients(2)))
+    for i, entry in state["state"].items():
+        assert all(torch.equal(value, kept["state"][i][key]) for key, value in entry.items())
+    assert state["param_groups"] == kept["param_groups"]
+
+
+def test_state_of_another_memory_format_is_laid_out_again():
+    """safetensors keeps no strides, and a model may become channels_last after it was saved."""
+    steps = list(gradients(6))
+    params = as_parameters(initial(), torch.float64)
+    optimizer = AGRAdamW(params, lr=1e-2)
+    run_optimizer(optimizer, params, steps[:3])
+    state = through_a_file(optimizer.state_dict())
+    nhwc = as_parameters([p.detach() for p in params], torch.float64, torch.channels_last)
+    resumed = AGRAdamW(nhwc, lr=1e-2)
+    resumed.load_state_dict(state)
+    run_optimizer(resumed, nhwc, steps[3:])
+    run_optimizer(optimizer, params, steps[3:])
+    for p, q in zip(params, nhwc, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+    # The format changes in mid-run, under the optimizer's feet.
+    params[0].data = params[0].data.to(memory_format=torch.channels_last)
+    run_optimizer(optimizer, params, steps)
+    run_optimizer(resumed, nhwc, steps)
+    torch.testing.assert_close(params[0], nhwc[0], rtol=1e-12, atol=1e-12)
+
+
+def test_load_hooks_of_users_are_heard():
+    params = as_parameters(initial()[:1], torch.bfloat16)
+    optimizer = AGRAdamW(params, lr=1e-2)
+    run_optimizer(optimizer, params, [[torch.ones(8, 4, 3, 3)]])
+    other = AGRAdamW(params)
+    other.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "state": {0: {**state["state"][0], "exp_avg": torch.full((8, 4, 3, 3), 7.001)}}}
+    )
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[params[0]]["exp_avg"], torch.full((8, 4, 3, 3), 7.001))
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [(torch.optim.SGD, AGRAdamW), (torch.optim.AdamW, AGRAdan), (torch.optim.RMSprop, AdaL)],
+)
+def test_a_state_of_another_kind_is_refused_before_anything_changes(saved, loading):
+    params = as_parameters(initial(), torch.float32)
+    foreign = saved(params, lr=1e-2, **({"momentum": 0.9} if saved is torch.optim.SGD else {}))
+    run_optimizer(foreign, params, gradients(1))
+    optimizer = loading(params)
+    with pytest.raises(ValueError, match="saved by another optimizer.*needs exp_avg"):
+        optimizer.load_state_dict(foreign.state_dict())
+    assert not optimizer.state
+    optimizer.step()
+
+
+def test_amsgrad_is_refused_by_name():
+    params = as_parameters(initial(), torch.float32)
+    foreign = torch.optim.AdamW(params, amsgrad=True)
+    run_optimizer(foreign, params, gradients(1))
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        AGRAdamW(params).load_state_dict(foreign.state_dict())
+
+
+def test_keys_of_the_user_and_of_schedulers_survive():
+    params = as_parameters(initial(), torch.float32)
+    optimizer = AGRAdamW([{"params": params, "name": "everything"}], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    run_optimizer(optimizer, params, gradients(1))
+    scheduler.step()
+    other = AGRAdamW(params)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert (other.param_groups[0]["name"], other.param_groups[0]["initial_lr"]) == ("everything", 1.0)
+    assert other.param_groups[0]["lr"] == 0.5
