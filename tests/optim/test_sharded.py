@@ -1,0 +1,134 @@
+"""Two processes on the CPU (gloo): a sharded tensor gets the answer of the whole one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import OURS, WITH_AGR, gradients, initial
+
+from agr_hf import agr, attach_agr, l1_norms
+from agr_hf.optim.registry import OPTIMIZERS
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
+WORLD = 2
+
+
+def spawn(check, tmp_path):
+    torch.multiprocessing.spawn(run, args=(check, str(tmp_path / "store")), nprocs=WORLD)
+
+
+def run(rank, check, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    try:
+        check()
+    finally:
+        dist.destroy_process_group()
+
+
+def placed(tensor, mesh, i):
+    """Shards by rows, by columns, replicas; 33 rows do not divide by 2, and one row leaves a rank empty-handed."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placement = Replicate() if tensor.ndim == 0 or i % 3 == 2 else Shard(min(i % 3, tensor.ndim - 1))
+    return distribute_tensor(tensor, mesh, [placement])
+
+
+def whole_tensors():
+    more = [torch.randn(shape, dtype=torch.float64) for shape in ((33, 3), (5, 5), (1, 7))]
+    return [*initial(), *more]
+
+
+def counted_all_reduces(monkey):
+    calls = []
+    real = dist.all_reduce
+    monkey.setattr(dist, "all_reduce", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+def check_norms_and_psi():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    wholes = whole_tensors()
+    shards = [placed(whole, mesh, i) for i, whole in enumerate(wholes)]
+    assert any(shard.to_local().numel() == 0 and shard.numel() for shard in shards) == (dist.get_rank() == 1)
+    with pytest.MonkeyPatch.context() as monkey:
+        calls = counted_all_reduces(monkey)
+        norms = l1_norms(shards)
+        assert len(calls) == 1
+    for whole, norm in zip(wholes, norms, strict=True):
+        torch.testing.assert_close(norm, whole.abs().sum(), rtol=1e-14, atol=0)
+    for whole, shard in zip(wholes, shards, strict=True):
+        out = agr(shard)
+        assert out.placements == shard.placements
+        torch.testing.assert_close(out.full_tensor(), agr(whole), rtol=1e-13, atol=0)
+    # Halves still to be summed: |a| + |b| is not |a + b|.
+    mine = torch.tensor([[3.0, -1.0], [1.0, 1.0]]) * (1 if dist.get_rank() == 0 else -0.5)
+    partial = DTensor.from_local(mine, mesh, [Partial()])
+    assert l1_norms([partial])[0] == 3.0
+    torch.testing.assert_close(agr(partial).full_tensor(), agr(torch.tensor([[1.5, -0.5], [0.5, 0.5]])))
+
+
+def check_steps():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name in OURS:
+        for options in ({}, {"max_grad_norm": 1.0}, {"weight_decay": 0.1, "max_grad_norm": 1.0}):
+            whole = [torch.nn.Parameter(theta.clone()) for theta in initial()]
+            sharded = [torch.nn.Parameter(placed(theta, mesh, i)) for i, theta in enumerate(initial())]
+            makers = [OPTIMIZERS[name].cls(params, lr=1e-2, **options) for params in (whole, sharded)]
+            for grads in gradients(5):
+                for i, (p, q, grad) in enumerate(zip(whole, sharded, grads, strict=True)):
+                    p.grad, q.grad = grad.clone(), placed(grad, mesh, i)
+                makers[0].step()
+                with pytest.MonkeyPatch.context() as monkey:
+                    calls = counted_all_reduces(monkey)
+                    makers[1].step()
+                coupled = options.get("weight_decay") and name in ("agr_adam", "adal")
+                needs = options.get("max_grad_norm") or name in WITH_AGR or name == "adal"
+                assert len(calls) == (2 if coupled else 1 if needs else 0), (name, options)
+            for p, q in zip(whole, sharded, strict=True):
+                torch.testing.assert_close(q.detach().full_tensor(), p.detach(), rtol=1e-12, atol=1e-12)
+
+
+def check_attached():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    params = [torch.nn.Parameter(placed(theta, mesh, i)) for i, theta in enumerate(initial())]
+    optimizer = torch.optim.SGD(params, lr=0.0)
+    attach_agr(optimizer)
+    (grads,) = gradients(1)
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        param.grad = placed(grad.clone(), mesh, i)  # a replica would share the test's memory
+    optimizer.step()
+    for param, grad in zip(params, grads, strict=True):
+        torch.testing.assert_close(param.grad.full_tensor(), agr(grad) if grad.ndim > 1 else grad)
+
+
+def check_fsdp2():
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.ReLU(), torch.nn.Linear(33, 3)).double()
+    alone = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.ReLU(), torch.nn.Linear(33, 3)).double()
+    alone.load_state_dict(model.state_dict())
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    x = torch.randn(8, 7, dtype=torch.float64)
+    optimizers = [OPTIMIZERS["agr_adamw"].cls(m.parameters(), lr=1e-2, max_grad_norm=1.0) for m in (model, alone)]
+    for _ in range(5):
+        for m, optimizer in zip((model, alone), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("check", [check_norms_and_psi, check_steps, check_attached, check_fsdp2])
+def test_sharded_equals_whole(check, tmp_path):
+    spawn(check, tmp_path)
