@@ -15,7 +15,7 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "second_moment", "proxi
 
 
 def shapes():
-    """Weights of a convolution, a 1x1 convolution and a Linear; a bias, a scalar, a one-element matrix, an empty one."""
+    """Weights of two convolutions (one 1x1) and a Linear; a bias, a scalar, a one-element matrix, an empty one."""
     return [(8, 4, 3, 3), (6, 8, 1, 1), (33, 17), (17,), (), (1, 1), (0, 5)]
 
 

@@ -18,8 +18,8 @@ LR = 1e-2
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5}
 # The reference rounds its parameters after each step as a half-precision parameter must, and maths and state of the
 # optimizer are float32. What differs is which way a value half-way between two neighbours went: such a parameter is one
-# neighbour off from then on. At most 2 neighbours (epsilon of the dtype, times the largest parameter, 5), and for one in
-# fifty parameters at most.
+# neighbour off from then on. At most 2 neighbours (epsilon of the dtype, times the largest parameter, 5), and for one
+# in fifty parameters at most.
 HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 VARIANTS = {

@@ -1,0 +1,40 @@
+# Every target sets up .venv by itself. Python 3.11 or newer is all that is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch's own choice of threads is the machine's cores; a number here is passed on to every process.
+export OMP_NUM_THREADS
+
+.PHONY: demo test lint test-slow test-gpu bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/agr-hf demo
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/step.py
+
+# Installed again whenever the requirements change. The stamp is written last: an interrupted installation is resumed.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "agr_hf needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+		"name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output

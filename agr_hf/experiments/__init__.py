@@ -1,0 +1,1 @@
+"""Runs over optimizers and seeds: tables, plots, reports."""

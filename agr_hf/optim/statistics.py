@@ -1,0 +1,107 @@
+"""What AGR does to a gradient, measured: numbers by layer, computed on the device and read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.norms import local, reduced
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """Statistics of one gradient, or of several together.
+
+    Attributes:
+        effect: ||Psi(g) - g|| / ||g||, the share of the gradient that AGR takes away; 0 for a zero gradient.
+        largest_share: the largest alpha = |g| / sum|g|.
+        l1_norm: sum|g|.
+        zeros: fraction of elements that are exactly zero.
+        log_mean, log_std: mean and standard deviation of ln|g| over the elements that are not zero (the AGR paper takes
+            gradients to be lognormal); NaN where all are zero.
+    """
+
+    effect: float
+    largest_share: float
+    l1_norm: float
+    zeros: float
+    log_mean: float
+    log_std: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def gradient_statistics(named_grads: Iterable[tuple[str, Tensor]]) -> dict[str, GradientStatistics]:
+    """Statistics of each gradient by name, and of all together under "overall".
+
+    "overall" is of the gradients as AGR sees them, each with its own norm: its effect is the root of the summed squares
+    of what Psi takes away, over that of the gradients; its largest share is the largest of any. Everything is summed on
+    the gradients' devices, and read by the host once at the end.
+
+    Args:
+        named_grads: names and dense real tensors of any dtype; non-finite gradients give non-finite statistics.
+            DTensors are gathered, one at a time.
+
+    Returns:
+        A dict in the given order with "overall" last; empty tensors are left out. Empty where there is no gradient.
+    """
+    names, sums = [], []
+    for name, grad in named_grads:
+        whole = reduced(grad.detach())
+        whole = whole.full_tensor() if whole is not local(whole) else whole  # type: ignore[attr-defined]
+        if whole.numel():
+            names.append(name)
+            sums.append(_sums(whole))
+    if not sums:
+        return {}
+    device = sums[0].device
+    rows = torch.stack([row.to(device) for row in sums]).tolist()
+    statistics = {name: _statistics([row]) for name, row in zip(names, rows, strict=True)}
+    statistics["overall"] = _statistics(rows)
+    return statistics
+
+
+def _sums(grad: Tensor) -> Tensor:
+    """numel, l1 norm, largest magnitude, ||Psi(g) - g||^2, ||g||^2, number of nonzeros, sums of ln|g| and ln^2|g|."""
+    size = grad.abs().to(torch.promote_types(grad.dtype, torch.float32)).flatten()
+    l1 = size.sum(dtype=torch.float64)
+    # In units of the mean magnitude, so that fourth powers neither vanish nor overflow in float32.
+    mean = l1 / size.numel()
+    unit = size / torch.where(mean > 0, mean, 1.0).to(size.dtype)
+    squares = unit.square()
+    # |Psi(g) - g| = |g|^2 / S = unit^2 mean / numel; one-element tensors pass through.
+    removed = squares.square().sum(dtype=torch.float64) * (mean / size.numel()).square() * (size.numel() > 1)
+    present = size > 0
+    logs = torch.where(present, size, 1.0).log().double()
+    return torch.stack(
+        [
+            torch.full_like(l1, size.numel()),
+            l1,
+            size.max().double(),
+            removed,
+            squares.sum(dtype=torch.float64) * mean.square(),
+            present.sum().double(),
+            logs.sum(),
+            logs.square().sum(),
+        ]
+    )
+
+
+def _statistics(rows: list[list[float]]) -> GradientStatistics:
+    numel, l1, _, removed, square, present, logs, log_squares = (sum(column) for column in zip(*rows, strict=True))
+    largest = max((row[2] / row[1] if row[1] else 0.0) for row in rows)
+    mean = logs / present if present else float("nan")
+    variance = max(log_squares / present - mean**2, 0.0) if present else float("nan")
+    return GradientStatistics(
+        effect=(removed / square) ** 0.5 if square else 0.0,
+        largest_share=largest,
+        l1_norm=l1,
+        zeros=1 - present / numel,
+        log_mean=mean,
+        log_std=variance**0.5,
+    )

@@ -1,0 +1,1 @@
+"""Data, models and metrics of the experiments."""
