@@ -10,6 +10,7 @@ from torch import Tensor
 from agr_hf.optim.adam import adam_, can_fuse, fold_psi_into_momentum, fused_adam_
 from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.backends.multi_tensor import Scalar
+from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.hyperparameters import is_count
 from agr_hf.optim.norms import is_dtensor, l1_norms, local, reduced
 from agr_hf.optim.step import StepOptimizer
@@ -113,7 +114,7 @@ class AGRAdamW(_AGRAdam):
         betas: decay rates of the two moments. Default (0.9, 0.999).
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: decoupled decay, `p -= lr * weight_decay * p`. Default 1e-2.
-        agr: apply Psi to this group. Default True.
+        agr: apply Psi to this group; or a list with True or False for each of its parameters. Default True.
         agr_steps: stop applying Psi after that many steps of the group (the paper's suspension, table 7); the count
             `agr_step` is part of the state_dict. Default None, never.
         min_ndim: tensors of fewer dimensions are left alone. Default 2: weights, not biases. The authors' code does 0.
@@ -244,38 +245,37 @@ class AGRHandle:
         # With a closure the gradients of this step do not exist yet: Psi goes behind each of its evaluations.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._regularize(optimizer, self._advance(optimizer))
+            self._regularize(self._advance(optimizer))
             return None
-        groups = self._advance(optimizer)
+        params = self._advance(optimizer)
 
         def regularized_closure() -> Any:
             loss = closure()
             with torch.no_grad():
-                self._regularize(optimizer, groups)
+                self._regularize(params)
             return loss
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": regularized_closure}
         return (args[0], regularized_closure, *args[2:]), kwargs
 
-    def _advance(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-        """Groups that Psi applies to in this step. The count lives in the group, so that checkpoints keep it."""
-        active = []
+    def _advance(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Parameters that Psi applies to in this step. The count lives in the group, so that checkpoints keep it."""
+        active: list[Tensor] = []
         for group in optimizer.param_groups:
             done = group.get("agr_step", 0)
-            if group.get("agr", True) and (self.steps is None or done < self.steps):
-                active.append(group)
+            if self.steps is None or done < self.steps:
+                active += [param for param, flag in zip(group["params"], agr_flags(group), strict=True) if flag]
             group["agr_step"] = done + 1
         return active
 
     @torch.no_grad()
-    def _regularize(self, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-        params = [p for group in groups for p in group["params"] if p.grad is not None and p.ndim >= self.min_ndim]
-        grads = [reduced(param.grad) for param in params]
-        for param, grad, norm in zip(params, grads, l1_norms(grads), strict=True):
+    def _regularize(self, params: list[Tensor]) -> None:
+        pairs = [(p, reduced(p.grad)) for p in params if p.grad is not None and p.ndim >= self.min_ndim]
+        for (param, grad), norm in zip(pairs, l1_norms([grad for _, grad in pairs]), strict=True):
             shrunk = shrink(local(grad), norm, grad.numel())
             if grad is param.grad:
-                local(param.grad).copy_(shrunk)
+                local(grad).copy_(shrunk)
             else:
                 param.grad = as_dtensor(shrunk, grad)
 

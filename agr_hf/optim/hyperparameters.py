@@ -48,8 +48,11 @@ def check_group(group: dict[str, Any], optimizer: str, betas_count: int) -> None
 
 
 def _check_agr(group: dict[str, Any], refuse: Any) -> None:
-    if not isinstance(group["agr"], bool):
-        refuse("agr", "True or False")
+    flags = group["agr"]
+    if not isinstance(flags, bool) and not (
+        isinstance(flags, list) and len(flags) == len(group["params"]) and all(isinstance(flag, bool) for flag in flags)
+    ):
+        refuse("agr", "True, False, or a list with one of them for each parameter of the group")
     steps = group["agr_steps"]
     if steps is not None and not is_count(steps):
         refuse("agr_steps", "a whole number >= 0, or None to apply AGR to the end")

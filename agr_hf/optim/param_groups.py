@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,19 +37,7 @@ def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay!r} is not allowed; it must be a number >= 0")
-    regularized: set[Tensor] = set()
-    embeddings: set[Tensor] = set()
-    undecayed: set[Tensor] = set()
-    for module in model.modules():
-        norm = "norm" in type(module).__name__.lower()
-        for name, param in module.named_parameters(recurse=False):
-            if param.ndim < 2 or norm or name.endswith("bias"):
-                undecayed.add(param)
-            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                embeddings.add(param)
-            elif isinstance(module, REGULARIZED_LAYERS) or _is_transformers_conv1d(module):
-                regularized.add(param)
-    regularized -= embeddings
+    regularized, undecayed = _by_layer_type(model)
     params = [param for param in model.parameters() if param.is_floating_point()]
     if not params:
         raise ValueError(f"{type(model).__name__} has no floating-point parameters to optimize")
@@ -62,6 +51,35 @@ def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
         {"params": [p for p in params if p in undecayed], "agr": False, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def set_agr_flags(groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
+    """Give groups that somebody else made (Trainer, timm) the `agr` that `agr_param_groups` would.
+
+    Each group's `agr` becomes True or False where all of its parameters agree, else a list with one for each. Groups
+    keep their number, order and parameters, so states saved for the same groups still fit.
+    """
+    regularized, _ = _by_layer_type(model)
+    for group in groups:
+        flags = [param in regularized for param in group["params"]]
+        group["agr"] = flags[0] if len(set(flags)) == 1 else flags
+
+
+def _by_layer_type(model: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
+    """Parameters that AGR applies to, and parameters that do not decay."""
+    regularized: set[Tensor] = set()
+    embeddings: set[Tensor] = set()
+    undecayed: set[Tensor] = set()
+    for module in model.modules():
+        norm = "norm" in type(module).__name__.lower()
+        for name, param in module.named_parameters(recurse=False):
+            if param.ndim < 2 or norm or name.endswith("bias"):
+                undecayed.add(param)
+            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                embeddings.add(param)
+            elif isinstance(module, REGULARIZED_LAYERS) or _is_transformers_conv1d(module):
+                regularized.add(param)
+    return regularized - embeddings, undecayed
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:

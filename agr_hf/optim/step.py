@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.hyperparameters import check_group
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.norms import is_dtensor, local, reduced
@@ -145,10 +146,10 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def _collect(self, group: dict[str, Any]) -> list[Work]:
         # Not `in group`: groups of agr_param_groups name `agr` for optimizers that have none.
-        has_agr = "agr" in self.defaults and group["agr"]
-        active = has_agr and (group["agr_steps"] is None or group["agr_step"] < group["agr_steps"])
+        flags = agr_flags(group) if "agr" in self.defaults else [False] * len(group["params"])
+        active = any(flags) and (group["agr_steps"] is None or group["agr_step"] < group["agr_steps"])
         works = []
-        for param in group["params"]:
+        for param, flag in zip(group["params"], flags, strict=True):
             grad = param.grad
             if grad is None:
                 continue
@@ -170,11 +171,11 @@ class StepOptimizer(torch.optim.Optimizer):
             if work.param.numel():
                 work.state = self._local_state(param, state, work.layout)
             # A one-element tensor's share of its own norm is 1: Psi would erase it.
-            work.psi = active and param.ndim >= group["min_ndim"] and param.numel() > 1
+            work.psi = active and flag and param.ndim >= group["min_ndim"] and param.numel() > 1
             work.needs_norm = work.psi or self.uses_norms
             work.coupled = bool(group["weight_decay"]) and self.l2_decay(group)
             works.append(work)
-        if works and has_agr:
+        if works and any(flags):
             group["agr_step"] += 1
         return works
 

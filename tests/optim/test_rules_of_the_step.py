@@ -318,3 +318,15 @@ def test_a_nan_norm_makes_clipped_gradients_nan_as_in_torch(name):
     params[0].grad, params[1].grad = torch.full((3, 3), math.nan), torch.ones(3, 3)
     make(name, params, max_grad_norm=1.0).step()
     assert params[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", WITH_AGR)
+def test_a_groups_agr_may_be_told_for_each_parameter(name):
+    one, split = as_parameters(initial()[:3]), as_parameters(initial()[:3])
+    flags = [True, False, True]
+    run_optimizer(make(name, [{"params": one, "agr": flags}]), one, [g[:3] for g in gradients(3)])
+    groups = [{"params": [p], "agr": flag} for p, flag in zip(split, flags, strict=True)]
+    run_optimizer(make(name, groups), split, [g[:3] for g in gradients(3)])
+    assert all(torch.equal(p, q) for p, q in zip(one, split, strict=True))
+    with pytest.raises(ValueError, match="agr="):
+        make(name, [{"params": one, "agr": [True]}])
