@@ -1,5 +1,6 @@
 """AGR and AdaL, optimizers for deep networks, at home in the Hugging Face ecosystem."""
 
+from agr_hf.integrations import register
 from agr_hf.optim import (
     ACProp,
     AdaL,
@@ -32,4 +33,5 @@ __all__ = [
     "create_optimizer",
     "l1_norms",
     "list_optimizers",
+    "register",
 ]

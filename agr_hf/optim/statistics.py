@@ -12,7 +12,7 @@ from agr_hf.optim.norms import local, reduced
 
 
 @dataclass(frozen=True)
-class GradientStatistics:
+class GradientSummary:
     """Statistics of one gradient, or of several together.
 
     Attributes:
@@ -36,7 +36,7 @@ class GradientStatistics:
 
 
 @torch.no_grad()
-def gradient_statistics(named_grads: Iterable[tuple[str, Tensor]]) -> dict[str, GradientStatistics]:
+def gradient_statistics(named_grads: Iterable[tuple[str, Tensor]]) -> dict[str, GradientSummary]:
     """Statistics of each gradient by name, and of all together under "overall".
 
     "overall" is of the gradients as AGR sees them, each with its own norm: its effect is the root of the summed squares
@@ -92,12 +92,12 @@ def _sums(grad: Tensor) -> Tensor:
     )
 
 
-def _statistics(rows: list[list[float]]) -> GradientStatistics:
+def _statistics(rows: list[list[float]]) -> GradientSummary:
     numel, l1, _, removed, square, present, logs, log_squares = (sum(column) for column in zip(*rows, strict=True))
     largest = max((row[2] / row[1] if row[1] else 0.0) for row in rows)
     mean = logs / present if present else float("nan")
     variance = max(log_squares / present - mean**2, 0.0) if present else float("nan")
-    return GradientStatistics(
+    return GradientSummary(
         effect=(removed / square) ** 0.5 if square else 0.0,
         largest_share=largest,
         l1_norm=l1,

@@ -1,0 +1,113 @@
+"""Accelerate loops: checkpoints that survive a kill, and an average of the weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Where a loop is, saved and loaded with `accelerator.register_for_checkpointing`.
+
+    Attributes:
+        epoch: epochs completed.
+        batches: batches of this process taken in the current epoch.
+        step: optimizer steps made, steps skipped by a loss scaler included.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batches = 0
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches": self.batches, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches, self.step = state["epoch"], state["batches"], state["step"]
+
+
+def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the parameters, buffers copied; update it with `.update_parameters(model)`.
+
+    Args:
+        model: not wrapped.
+        decay: weight of the past, 0 <= decay < 1 (DDPM: 0.9999).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema: decay={decay!r} is not allowed; it must be a number >= 0 and < 1")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str], step: int, keep: int = 2) -> None:
+    """`accelerator.save_state` into `checkpoint-{step}`, complete or not there at all; older ones than `keep` are removed.
+
+    Every process calls it. The folder gets its name when every process has written; one that a kill left unfinished has
+    another name, and is removed by the next save.
+    """
+    output_dir = Path(output_dir)
+    unfinished, finished = output_dir / f".unfinished-{step}", output_dir / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for old in output_dir.glob(".unfinished-*"):
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if finished.exists():
+            shutil.rmtree(finished)
+        os.replace(unfinished, finished)
+        for _, old in sorted(_numbered(output_dir), reverse=True)[keep:]:
+            # Renamed first: a kill while files go must not leave a checkpoint with holes.
+            gone = old.with_name(f".unfinished-{old.name}")
+            os.replace(old, gone)
+            shutil.rmtree(gone)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: str | os.PathLike[str]) -> bool:
+    """Load what `save_checkpoint` wrote; call it after everything is prepared and registered.
+
+    Args:
+        accelerator: the one that holds model, optimizer, scheduler and registered objects.
+        resume: None to start afresh, "latest" for the last checkpoint of `output_dir` (if any), or a folder.
+        output_dir: where `save_checkpoint` writes.
+
+    Returns:
+        Whether anything was loaded.
+
+    Raises:
+        ValueError: the named folder does not exist.
+    """
+    if resume is None:
+        return False
+    if resume == "latest":
+        numbered = sorted(_numbered(Path(output_dir)))
+        if not numbered:
+            return False
+        resume = str(numbered[-1][1])
+    elif not Path(resume).is_dir():
+        raise ValueError(f"cannot resume from {resume}: there is no such folder; name another one, or 'latest'")
+    accelerator.load_state(resume)
+    logger.info("resumed from %s", resume)
+    return True
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    matches: list[tuple[Any, Path]] = [
+        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")
+    ]
+    return [(int(match[1]), path) for match, path in matches if match and path.is_dir()]

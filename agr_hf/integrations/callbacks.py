@@ -1,0 +1,189 @@
+"""Callbacks for Trainer: suspend AGR, show what it does, keep optimizer state without pickle."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from agr_hf.integrations.checkpoints import save_optimizer
+from agr_hf.integrations.gradient_scale import gradient_scale_warning
+from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.statistics import gradient_statistics
+
+logger = logging.getLogger(__name__)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+class SuspendAGR(TrainerCallback):
+    """Stop applying AGR from an epoch on, to the end of the run (AGR paper, ablation, table 7).
+
+    It sets `agr=False` in every group, which optimizer checkpoints keep: a run resumed later stays suspended. The entry of
+    `log_history` at that step has `agr_suspended`, and the logger says so.
+
+    Args:
+        at_epoch: epochs with AGR, such as 250 of 300; a fraction suspends within an epoch.
+
+    Raises:
+        ValueError: `at_epoch` is negative.
+    """
+
+    def __init__(self, at_epoch: float) -> None:
+        if not at_epoch >= 0:
+            raise ValueError(f"SuspendAGR: at_epoch={at_epoch!r} is not allowed; it must be a number >= 0")
+        self.at_epoch = at_epoch
+        self.suspended = False
+        self._to_log = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Half a step of slack: epochs are sums of step fractions, and 249.99999 is epoch 250.
+        slack = 0.5 * args.num_train_epochs / max(state.max_steps, 1)
+        if self.suspended or (state.epoch or 0.0) + slack < self.at_epoch:
+            return
+        optimizer = unwrapped(kwargs["optimizer"])
+        active = [group for group in optimizer.param_groups if "agr" in group and any(agr_flags(group))]
+        for group in active:
+            group["agr"] = False
+        self.suspended = True
+        if active:
+            self._to_log = True
+            logger.info("AGR is suspended from epoch %g, step %d on", self.at_epoch, state.global_step)
+        elif not any("agr" in group for group in optimizer.param_groups):
+            logger.warning("SuspendAGR: %s has no AGR to suspend", type(optimizer).__name__)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._to_log:
+            control.should_log = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._to_log and state.log_history:
+            state.log_history[-1]["agr_suspended"] = True
+            self._to_log = False
+
+
+class GradientStatistics(TrainerCallback):
+    """Log what AGR does to this model's gradients: by layer and overall, every so many steps.
+
+    Keys are `gradients/{overall or parameter}/{effect, largest_share, l1_norm, zeros, log_mean, log_std}`; see
+    `agr_hf.optim.statistics.GradientSummary`. They ride on Trainer's next log entry, so they reach `log_history` and
+    whatever `report_to` names. Gradients are measured as the optimizer gets them, after clipping; effect and shares do not
+    depend on their scale.
+
+        trainer = Trainer(...)
+        GradientStatistics(every=100).attach(trainer)
+
+    Given as `callbacks=[GradientStatistics()]` instead, the numbers reach `log_history` only: Trainer shows a callback
+    nothing that its trackers would still see.
+
+    Args:
+        every: steps between measurements; on the others nothing is computed. Default 100.
+        layers: whether to log each parameter that AGR applies to, or "overall" alone. Default True.
+
+    Raises:
+        ValueError: `every` is no whole number >= 1.
+    """
+
+    def __init__(self, every: int = 100, layers: bool = True) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"GradientStatistics: every={every!r} is not allowed; it must be a whole number >= 1")
+        self.every = every
+        self.layers = layers
+        self._pending: dict[str, float] = {}
+        self._attached = False
+
+    def attach(self, trainer: Trainer) -> GradientStatistics:
+        """Add this callback to a trainer, with its log entries reaching every tracker. Returns itself."""
+        log = trainer.log
+
+        def log_with_statistics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            log({**logs, **self._take()}, *args, **kwargs)
+
+        trainer.log = log_with_statistics  # type: ignore[method-assign]
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._attached = True
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trackers = [name for name in args.report_to or [] if name != "none"]
+        if trackers and not self._attached:
+            logger.warning(
+                "GradientStatistics reaches log_history but not %s; call GradientStatistics(...).attach(trainer)",
+                ", ".join(trackers),
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every:
+            return
+        model: torch.nn.Module = kwargs["model"]
+        wanted = agr_parameters(unwrapped(kwargs["optimizer"]))
+        grads = [(n, p.grad) for n, p in model.named_parameters() if id(p) in wanted and p.grad is not None]
+        found = gradient_statistics(grads)
+        for name, summary in found.items():
+            if self.layers or name == "overall":
+                # A non-finite number is no JSON, and trackers choke on it; zeros say that a logarithm is missing.
+                values = {key: value for key, value in summary.as_dict().items() if value == value}
+                self._pending.update({f"gradients/{name}/{key}": value for key, value in values.items()})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._pending and state.log_history:
+            state.log_history[-1].update(self._take())
+
+    def _take(self) -> dict[str, float]:
+        pending, self._pending = self._pending, {}
+        return pending
+
+
+def agr_parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    """ids of the parameters that AGR would apply to: those marked in the groups, of enough dimensions.
+
+    Groups that do not know AGR count as if they had its defaults: this is how a run of AdamW shows what AGR would do.
+    """
+    return {
+        id(param)
+        for group in optimizer.param_groups
+        for param, flag in zip(group["params"], agr_flags(group), strict=True)
+        if flag and param.ndim >= group.get("min_ndim", 2)
+    }
+
+
+class SaveOptimizerState(TrainerCallback):
+    """Write `optimizer.safetensors` and `optimizer.json` into each checkpoint, beside Trainer's own `optimizer.pt`.
+
+    `agr_hf.integrations.checkpoints.load_optimizer` reads them back without pickle, on any machine.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        save_optimizer(unwrapped(kwargs["optimizer"]), folder, write=state.is_world_process_zero)
+
+
+class GradientScaleCheck(TrainerCallback):
+    """Warn once, when training begins, where this model and these arguments scale gradients (transformers #47688).
+
+    Some models' heads take `num_items_in_batch` and drop it; Trainer then neither divides by the accumulation steps nor
+    corrects for the processes, and gradients come out that many times larger. Adam does not mind; AdaL, of degree 2, and
+    clipping do.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # On every process: the forward of a sharded model is a collective.
+        optimizer = unwrapped(kwargs["optimizer"])
+        warning = gradient_scale_warning(kwargs["model"], args, optimizer, kwargs.get("train_dataloader"))
+        if warning and state.is_world_process_zero:
+            logger.warning(warning)

@@ -1,0 +1,238 @@
+"""Checkpoints that can be trusted: the last complete one, and optimizer state without pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.files import replaced_file, write_text
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_TENSORS = "optimizer.safetensors"
+OPTIMIZER_TABLE = "optimizer.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
+# FSDP and DeepSpeed keep model and optimizer in folders of their own.
+SHARDED = ("pytorch_model_fsdp_*", "optimizer_*", "global_step*")
+
+
+def resolve_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -> str | None:
+    """What `--resume_from_checkpoint` means: "latest" is the last complete checkpoint of `output_dir`, or none yet.
+
+    Args:
+        resume: None, "latest", or the path of a checkpoint folder.
+        output_dir: where Trainer saves.
+
+    Returns:
+        A path for `Trainer.train(resume_from_checkpoint=...)`, or None to start afresh.
+
+    Raises:
+        ValueError: the named folder is no complete checkpoint; the message says what is wrong with which file.
+    """
+    if resume is None:
+        return None
+    if resume == "latest":
+        found = latest_checkpoint(output_dir)
+        return None if found is None else str(found)
+    fault = checkpoint_fault(resume)
+    if fault:
+        raise ValueError(
+            f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
+        )
+    return resume
+
+
+def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete `checkpoint-N` under a folder, or None.
+
+    A process killed while it saved leaves files missing or cut short, and Trainer's own "latest" would take them. Each
+    newer checkpoint that is passed over is named in a warning with the file at fault, and left as it is.
+    """
+    folders = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and folder.is_dir():
+            folders.append((int(match[1]), folder))
+    for _, folder in sorted(folders, reverse=True):
+        fault = checkpoint_fault(folder)
+        if fault is None:
+            return folder
+        logger.warning("%s is passed over: %s", folder, fault)
+    return None
+
+
+def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
+    """What keeps a Trainer checkpoint from being resumed, as a sentence, or None if it is complete.
+
+    Every file is looked at: safetensors by their header and length, torch's files by the checksums of their archive, JSON
+    by parsing. Nothing is unpickled.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    for path in sorted(folder.iterdir()):
+        fault = _file_fault(path)
+        if fault:
+            return f"{path.name} {fault}"
+    state = folder / "trainer_state.json"  # Trainer writes it last
+    if not state.exists():
+        return "trainer_state.json is missing"
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    step = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+    if match and step != int(match[1]):
+        return f"trainer_state.json is of step {step}"
+    if any(path.is_dir() for pattern in SHARDED for path in folder.glob(pattern)):
+        return None
+    weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        return "model.safetensors is missing"
+    if weights.name.endswith(".index.json"):
+        for shard in sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())):
+            if not (folder / shard).exists():
+                return f"{shard} is missing"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (folder / name).exists():
+            return f"{name} is missing"
+    if not list(folder.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    return None
+
+
+def _file_fault(path: Path) -> str | None:
+    """What is wrong with one file, or None."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors":
+        return _safetensors_fault(path)
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return "is cut short or no JSON"
+    if path.suffix in (".pt", ".pth", ".bin"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (zipfile.BadZipFile, OSError):
+            return "is cut short or no archive of torch"
+        if broken:
+            return f"is damaged (in {broken})"
+    return None
+
+
+def _safetensors_fault(path: Path) -> str | None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            return "is cut short"
+        (length,) = struct.unpack("<Q", head)
+        if length > size - 8:
+            return "is cut short"
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return "has a damaged header"
+    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    return None if size == 8 + length + end else "is cut short"
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str], write: bool = True) -> None:
+    """Write an optimizer's state as `optimizer.safetensors` and `optimizer.json`, each whole or not at all.
+
+    The tensors are named `{parameter's index}.{key}`; the table holds the groups, and what of the state is no tensor. The
+    table is written last and carries the tensors' names: a pair from two saves is found out.
+
+    Args:
+        optimizer: any torch optimizer. DTensors are written whole.
+        folder: where the two files go.
+        write: False on the processes that only take part in gathering DTensors.
+
+    Raises:
+        TypeError: a group or state holds something that is neither a tensor nor JSON; the message names it.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    state = optimizer.state_dict()
+    table = {
+        "optimizer": type(optimizer).__name__,
+        "param_groups": [
+            {key: _plain(value, f"group.{i}.{key}", tensors) for key, value in group.items()}
+            for i, group in enumerate(state["param_groups"])
+        ],
+        "state": {
+            str(i): {key: _plain(value, f"{i}.{key}", tensors) for key, value in entry.items()}
+            for i, entry in state["state"].items()
+        },
+    }
+    if not write:
+        return
+    folder = Path(folder)
+    steps = str(max((float(v) for k, v in tensors.items() if k.endswith(".step")), default=0.0))
+    table["step"] = steps
+    text = json.dumps(table, indent=1, allow_nan=True)
+    with replaced_file(folder / OPTIMIZER_TENSORS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "step": steps})
+    write_text(folder / OPTIMIZER_TABLE, text + "\n")
+
+
+def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if hasattr(value, "full_tensor"):
+            value = value.full_tensor()
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(entry, f"{name}.{i}", tensors) for i, entry in enumerate(value)]}
+    if isinstance(value, list):
+        return [_plain(entry, f"{name}.{i}", tensors) for i, entry in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str]) -> None:
+    """Load what `save_optimizer` wrote into an optimizer over the same parameters and groups. Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, the two are of different saves, or the groups do not match.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    for name in (OPTIMIZER_TENSORS, OPTIMIZER_TABLE):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing; save_optimizer writes it")
+        fault = _file_fault(folder / name)
+        if fault:
+            raise ValueError(f"{folder / name} {fault}")
+    table = json.loads((folder / OPTIMIZER_TABLE).read_text(encoding="utf-8"))
+    with safe_open(folder / OPTIMIZER_TENSORS, framework="pt") as file:
+        if (file.metadata() or {}).get("step") != table["step"]:
+            raise ValueError(f"{OPTIMIZER_TENSORS} and {OPTIMIZER_TABLE} in {folder} are of different saves")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "tensor" in value:
+                return tensors[value["tensor"]]
+            return tuple(restored(entry) for entry in value["tuple"])
+        return [restored(entry) for entry in value] if isinstance(value, list) else value
+
+    optimizer.load_state_dict(
+        {
+            "param_groups": [{key: restored(v) for key, v in group.items()} for group in table["param_groups"]],
+            "state": {int(i): {key: restored(v) for key, v in e.items()} for i, e in table["state"].items()},
+        }
+    )

@@ -1,0 +1,174 @@
+"""transformers' Trainer: the optimizers by name."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agr_hf.integrations import private
+from agr_hf.optim.param_groups import set_agr_flags
+from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# What optim_args may hold besides the optimizer's own options; three betas do not fit adam_beta1 and adam_beta2.
+BETAS = ("beta1", "beta2", "beta3")
+# Arguments of the optimizers that TrainingArguments has fields for.
+FIELDS = {"params", "lr", "betas", "eps", "weight_decay"}
+
+
+def register() -> None:
+    """Add the package's names to Trainer; see `agr_hf.register`."""
+    for info in OPTIMIZERS.values():
+        if info.ours:
+            private.add_trainer_optimizer(info.name, _handler(info))
+
+
+def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
+    def handle(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """What Trainer asks for: an optimizer class and its arguments, groups under "params"."""
+        options = parse_optim_args(info, context.args.optim_args)
+        groups = trainer_groups(context.model, context.args.weight_decay, info)
+        return info.cls, {"params": groups, **optimizer_arguments(info, context.args, options)}
+
+    return handle
+
+
+class OptimizerFactory:
+    """Called by Trainer as `OptimizerFactory()(model, **kwargs)`."""
+
+    def __call__(
+        self, model: torch.nn.Module, *, name: str, weight_decay: float, **arguments: Any
+    ) -> torch.optim.Optimizer:
+        info = optimizer_info(name)
+        return info.cls(trainer_groups(model, weight_decay, info), **arguments)
+
+
+def trainer_optimizer(
+    name: str, args: TrainingArguments, **options: Any
+) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+    """For `Trainer(optimizer_cls_and_kwargs=...)`: an optimizer by name, through public interfaces only.
+
+    Learning rate, betas, epsilon and weight decay come from `args`, as for `--optim`; `options` win over them. The model
+    card that Trainer writes names `args.optim` whatever runs: after `agr_hf.register()`, `optim=name` is named right.
+
+    Args:
+        name: one of `agr_hf.list_optimizers()`.
+        args: the training arguments.
+        **options: arguments of the optimizer, such as `agr_steps=1000`.
+
+    Raises:
+        ValueError: there is no such name or option.
+
+    Example:
+        >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("agr_adamw", args, agr_steps=1000), ...)
+    """
+    info = optimizer_info(name)
+    unknown = set(options) - set(inspect.signature(info.cls).parameters)
+    if unknown:
+        raise ValueError(_unknown(info, sorted(unknown)))
+    weight_decay = options.pop("weight_decay", args.weight_decay)
+    return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
+
+
+def optimizer_arguments(info: OptimizerInfo, args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the optimizer from TrainingArguments; `options` win."""
+    accepted = inspect.signature(info.cls).parameters
+    arguments: dict[str, Any] = {"lr": args.learning_rate, **info.defaults}
+    if "eps" in accepted:
+        arguments["eps"] = args.adam_epsilon
+    if "betas" in accepted:
+        default = accepted["betas"].default
+        given = (args.adam_beta1, args.adam_beta2)
+        if len(default) == len(given):
+            arguments["betas"] = given
+        elif given != (0.9, 0.999):
+            logger.warning(
+                "%s has %d betas: adam_beta1=%g and adam_beta2=%g are not used, its own %s are; set them with "
+                "optim_args='beta1=...,beta2=...,beta3=...'",
+                info.title,
+                len(default),
+                *given,
+                default,
+            )
+    return {**arguments, **options}
+
+
+def trainer_groups(model: torch.nn.Module, weight_decay: float, info: OptimizerInfo) -> list[dict[str, Any]]:
+    """Trainer's own two groups in its order, so that checkpoints move between torch's AdamW and ours; with `agr` in them.
+
+    The first decays, the second (biases and norms) does not. Frozen parameters are left out, as Trainer does.
+    """
+    decayed = private.trainer_decay_names(model)
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [param for name, param in trainable if name in decayed], "weight_decay": weight_decay},
+        {"params": [param for name, param in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    if "agr" in inspect.signature(info.cls).parameters:
+        set_agr_flags([group for group in groups if group["params"]], model)
+    return groups
+
+
+def parse_optim_args(info: OptimizerInfo, text: str | None) -> dict[str, Any]:
+    """`optim_args`, as in "second_moment=regularized,agr_steps=1000", with the types of the optimizer's options.
+
+    Raises:
+        ValueError: an entry is not `name=value`, is unknown, or has a value of another type.
+    """
+    accepted = inspect.signature(info.cls).parameters
+    options: dict[str, Any] = {}
+    for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+        key, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not value:
+            raise ValueError(f"optim_args: {entry!r} is not allowed; entries are name=value, separated by commas")
+        if key in BETAS:
+            options[key] = _number(key, value)
+        elif key not in accepted or key in FIELDS:
+            raise ValueError(_unknown(info, [key]))
+        else:
+            options[key] = _value(key, value, str(accepted[key].annotation))
+    betas = [options.pop(key) for key in BETAS if key in options]
+    if betas:
+        default = accepted["betas"].default
+        if len(betas) != len(default):
+            raise ValueError(f"optim_args: {info.name} takes {len(default)} betas, but {len(betas)} were given")
+        options["betas"] = tuple(betas)
+    return options
+
+
+def _unknown(info: OptimizerInfo, keys: list[str]) -> str:
+    known = [key for key in inspect.signature(info.cls).parameters if key not in FIELDS]
+    return (
+        f"{info.name} has no option {', '.join(keys)}; it has {', '.join(known)}, and learning_rate, weight_decay, "
+        "adam_beta1, adam_beta2 and adam_epsilon of TrainingArguments"
+    )
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"optim_args: {key}={text!r} is not allowed; it must be a number") from None
+
+
+def _value(key: str, text: str, annotation: str) -> Any:
+    """A value of the type that the optimizer's signature declares."""
+    if text == "None" and "None" in annotation:
+        return None
+    if "bool" in annotation:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(f"optim_args: {key}={text!r} is not allowed; it must be true or false")
+    if "int" in annotation:
+        if text.isdecimal():
+            return int(text)
+        raise ValueError(f"optim_args: {key}={text!r} is not allowed; it must be a whole number >= 0")
+    return _number(key, text) if "float" in annotation else text

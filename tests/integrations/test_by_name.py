@@ -1,0 +1,229 @@
+"""The optimizers by name in Trainer and timm; each way in trains as a plain loop does."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import Recorder, arguments, losses_of, plain_loop, same_bits, small_model, stock_groups, trainer_of
+from torch import nn
+from transformers import HfArgumentParser, TrainingArguments
+
+import agr_hf
+from agr_hf import AGRAdamW, agr_param_groups
+from agr_hf.integrations.trainer import parse_optim_args, trainer_optimizer
+from agr_hf.optim.registry import OPTIMIZERS, optimizer_info
+
+OURS = [name for name, info in OPTIMIZERS.items() if info.ours]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    agr_hf.register()
+    agr_hf.register()  # idempotent
+
+
+def by_hand(name, model, **options):
+    """The optimizer that the arguments of `small.arguments` describe, made without the package's integration."""
+    cls = OPTIMIZERS[name].cls
+    groups = stock_groups(model, 0.05)
+    if "agr" in inspect.signature(cls).parameters:
+        layers = (nn.Linear, nn.Conv2d)
+        weights = {m.weight for m in model.modules() if isinstance(m, layers)}
+        for group in groups:
+            group["agr"] = [p in weights for p in group["params"]]
+    betas = {} if "adan" in name else {"betas": (0.8, 0.999)}
+    return cls(groups, lr=3e-3, eps=1e-7, **betas, **options)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("way", ["optim", "optimizer_cls_and_kwargs", "optimizers"])
+def test_trainer_trains_as_a_plain_loop_does(name, way, tmp_path):
+    model, recorder = small_model(), Recorder()
+    if way == "optim":
+        trainer = trainer_of(model, arguments(tmp_path, optim=name), data_collator=recorder)
+    elif way == "optimizer_cls_and_kwargs":
+        args = arguments(tmp_path)
+        chosen = trainer_optimizer(name, args)
+        trainer = trainer_of(model, args, data_collator=recorder, optimizer_cls_and_kwargs=chosen)
+    else:
+        trainer = trainer_of(
+            model, arguments(tmp_path), data_collator=recorder, optimizers=(by_hand(name, model), None)
+        )
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[-1] < losses[0]
+    twin = small_model()
+    plain_loop(twin, by_hand(name, twin), recorder.batches[:20])
+    assert same_bits(model, twin)
+
+
+def test_the_groups_of_agr_param_groups_go_through_optimizers(tmp_path):
+    model, recorder = small_model(), Recorder()
+    optimizer = AGRAdamW(agr_param_groups(model, weight_decay=0.05), lr=3e-3)
+    trainer_of(model, arguments(tmp_path), data_collator=recorder, optimizers=(optimizer, None)).train()
+    twin = small_model()
+    plain_loop(twin, AGRAdamW(agr_param_groups(twin, weight_decay=0.05), lr=3e-3), recorder.batches[:20])
+    assert same_bits(model, twin)
+
+
+def test_options_and_betas_reach_the_optimizer(tmp_path):
+    text = "second_moment=regularized,agr_steps=1000, min_ndim=1,max_grad_norm=None,foreach=true"
+    optimizer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", optim_args=text)).create_optimizer()
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is AGRAdamW
+    found = {key: group[key] for key in ("second_moment", "agr_steps", "min_ndim", "max_grad_norm", "foreach")}
+    assert found == {
+        "second_moment": "regularized", "agr_steps": 1000, "min_ndim": 1, "max_grad_norm": None, "foreach": True,
+    }  # fmt: skip
+    assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.8, 0.999), 1e-7)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_adan_takes_its_own_three_betas_and_says_when_adams_are_given(tmp_path, caplog):
+    args = arguments(tmp_path, optim="agr_adan")
+    optimizer = trainer_of(small_model(), args).create_optimizer()
+    assert optimizer.param_groups[0]["betas"] == (0.98, 0.92, 0.99)
+    assert "adam_beta1=0.8 and adam_beta2=0.999 are not used" in caplog.text
+    args = arguments(tmp_path, optim="agr_adan", optim_args="beta1=0.9,beta2=0.8,beta3=0.7")
+    assert trainer_of(small_model(), args).create_optimizer().param_groups[0]["betas"] == (0.9, 0.8, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("agr_steps", "'agr_steps' is not allowed; entries are name=value"),
+        ("agr_steps=", "entries are name=value"),
+        ("lr=0.1", "agr_adamw has no option lr; it has agr, agr_steps"),
+        ("momentum=0.9", "no option momentum"),
+        ("agr_steps=many", "agr_steps='many' is not allowed; it must be a whole number"),
+        ("agr_steps=-1", "it must be a whole number >= 0"),
+        ("agr=maybe", "it must be true or false"),
+        ("max_grad_norm=__import__('os')", "it must be a number"),
+        ("beta1=0.9", "takes 2 betas, but 1 were given"),
+    ],
+)
+def test_bad_optim_args_get_a_sentence(text, message):
+    with pytest.raises(ValueError, match="optim_args|no option") as error:
+        parse_optim_args(optimizer_info("agr_adamw"), text)
+    assert message in str(error.value)
+
+
+def test_bad_values_and_names_of_the_public_route_get_a_sentence(tmp_path):
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="there is no optimizer 'agr_lion'"):
+        trainer_optimizer("agr_lion", args)
+    with pytest.raises(ValueError, match="no option momentum"):
+        trainer_optimizer("agr_adamw", args, momentum=0.9)
+    with pytest.raises(ValueError, match="second_moment='both'"):
+        trainer_of(
+            small_model(), args, optimizer_cls_and_kwargs=trainer_optimizer("agr_adamw", args, second_moment="both")
+        ).create_optimizer()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_argument_parser_of_any_script_knows_the_name(name, tmp_path):
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim", name]
+    )
+    assert args.optim == name
+    assert name in args.to_json_string()
+
+
+def test_names_are_unknown_before_register_and_a_fresh_process_registers():
+    code = (
+        "from transformers import TrainingArguments\n"
+        "try: TrainingArguments(output_dir='x', optim='agr_adamw')\n"
+        "except ValueError as error: print('unknown' if 'is not a valid OptimizerNames' in str(error) else error)\n"
+        "import agr_hf; agr_hf.register()\n"
+        "print(TrainingArguments(output_dir='x', optim='agr_adamw').optim.value)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert out.stdout.split() == ["unknown", "agr_adamw"]
+
+
+def test_the_card_that_trainer_writes_names_the_optimizer(tmp_path):
+    trainer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", optim_args="agr_steps=7", max_steps=2))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "AGR_ADAMW" in card or "agr_adamw" in card
+    assert "agr_steps=7" in card
+
+
+def test_a_version_without_the_table_fails_with_the_public_route(monkeypatch):
+    import transformers.trainer_optimizer
+
+    from agr_hf.integrations import private
+
+    monkeypatch.delattr(transformers.trainer_optimizer, "_OPTIMIZER_HANDLERS")
+    with pytest.raises(RuntimeError, match=r"lacks trainer_optimizer._OPTIMIZER_HANDLERS; use the public route"):
+        private.add_trainer_optimizer("agr_adamw", lambda context: None)
+
+
+def test_a_name_that_transformers_takes_some_day_is_not_overwritten():
+    from agr_hf.integrations import private
+
+    with pytest.raises(RuntimeError, match="has an optimizer 'adamw_torch' of its own"):
+        private.add_trainer_optimizer("adamw_torch", lambda context: None)
+
+
+def test_checkpoints_move_between_stock_adamw_and_agr_adamw(tmp_path):
+    """A stock run resumed with --optim agr_adamw, and that one with the stock optimizer again."""
+    ends = {}
+    steps = [("adamw_torch", 6), ("agr_adamw", 12), ("adamw_torch_fused", 18)]
+    for before, (name, stop) in zip([None, *steps], steps, strict=False):
+        args = arguments(tmp_path, optim=name, max_steps=stop, save_strategy="steps", save_steps=6)
+        trainer = trainer_of(small_model(), args)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{before[1]}") if before else None)
+        state = trainer.optimizer.state_dict()
+        ends[stop] = state
+        assert {float(entry["step"]) for entry in state["state"].values()} == {float(stop)}
+        assert len(state["param_groups"]) == 2
+    assert "agr" in ends[12]["param_groups"][0]
+    assert ends[12]["param_groups"][0]["agr_step"] == 12
+
+
+class TestTimm:
+    timm = pytest.importorskip("timm", reason="timm is missing: pip install 'agr-hf[train]'")
+
+    @pytest.mark.parametrize("name", OURS)
+    def test_timm_makes_every_optimizer_by_name(self, name):
+        from timm.optim import create_optimizer_v2
+
+        model = self.timm.create_model("resnet10t", num_classes=2)
+        betas = (0.7, 0.8, 0.9) if "adan" in name else (0.7, 0.8)
+        info = OPTIMIZERS[name]
+        optimizer = create_optimizer_v2(model, info.timm_name, lr=0.5, weight_decay=0.05, eps=1e-5, betas=betas)
+        if name == "adan":  # timm's own, which a test of the optimizers finds equal to the bit
+            assert type(optimizer).__module__.startswith("timm.")
+            return
+        assert type(optimizer) is info.cls
+        for group in optimizer.param_groups:
+            assert (group["lr"], group["eps"], group["betas"]) == (0.5, 1e-5, betas)
+        assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.05]
+
+    def test_timm_groups_get_agr_by_layer_type(self):
+        from timm.optim import create_optimizer_v2
+
+        model = self.timm.create_model("vit_tiny_patch16_224", num_classes=2)
+        for options in ({}, {"layer_decay": 0.7}):
+            optimizer = create_optimizer_v2(model, "agradamw", lr=0.5, weight_decay=0.05, **options)
+            marked = set()
+            for group in optimizer.param_groups:
+                flags = group["agr"] if isinstance(group["agr"], list) else [group["agr"]] * len(group["params"])
+                marked |= {p for p, flag in zip(group["params"], flags, strict=True) if flag}
+            names = {name for name, param in model.named_parameters() if param in marked}
+            assert names == {
+                name
+                for name, param in model.named_parameters()
+                if param.ndim > 1 and name not in ("pos_embed", "cls_token")
+            }
+
+    def test_timms_own_optimizers_are_left_alone(self):
+        from timm.optim import create_optimizer_v2
+
+        optimizer = create_optimizer_v2(nn.Linear(2, 2), "adamw", lr=0.1)
+        assert type(optimizer) is torch.optim.AdamW
+        assert "agr" not in optimizer.param_groups[0]
