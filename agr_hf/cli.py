@@ -26,7 +26,32 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=count, default=3, help="seeds for each optimizer (%(default)s)")
     demo.add_argument("--epochs", type=count, default=20, help="passes over the training images (%(default)s)")
     demo.set_defaults(run=run_demo)
+    inspect = commands.add_parser("inspect", help="would AGR change anything for a model? its effect on every layer")
+    inspect.add_argument("model", help="a local folder, a timm architecture, or a Hub id")
+    inspect.add_argument("--dataset", help="a parquet, JSON, CSV or text file, a folder of images, or a Hub id")
+    inspect.add_argument("--pretrained", action="store_true", help="pretrained weights for a timm architecture")
+    inspect.add_argument("--batch-size", type=count, default=8, help="examples in a batch (%(default)s)")
+    inspect.add_argument("--batches", type=count, default=8, help="batches to measure (%(default)s)")
+    inspect.add_argument("--rows", type=count, default=20, help="layers in the printed table (%(default)s)")
+    inspect.add_argument(
+        "--output", type=Path, default=Path("inspect-output"), help="folder for the files (%(default)s)"
+    )
+    inspect.set_defaults(run=run_inspect)
     return top
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.inspect import inspect
+
+    inspect(
+        arguments.model,
+        arguments.output,
+        dataset=arguments.dataset,
+        pretrained=arguments.pretrained,
+        batch_size=arguments.batch_size,
+        batches=arguments.batches,
+        rows=arguments.rows,
+    )
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

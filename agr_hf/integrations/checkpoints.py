@@ -25,12 +25,12 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.s
 SHARDED = ("pytorch_model_fsdp_*", "optimizer_*", "global_step*")
 
 
-def resolve_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -> str | None:
+def resolve_checkpoint(resume: str | None, output_dir: str | os.PathLike[str] | None) -> str | None:
     """What `--resume_from_checkpoint` means: "latest" is the last complete checkpoint of `output_dir`, or none yet.
 
     Args:
         resume: None, "latest", or the path of a checkpoint folder.
-        output_dir: where Trainer saves.
+        output_dir: where Trainer saves; None holds no checkpoint.
 
     Returns:
         A path for `Trainer.train(resume_from_checkpoint=...)`, or None to start afresh.
@@ -41,7 +41,7 @@ def resolve_checkpoint(resume: str | None, output_dir: str | os.PathLike[str]) -
     if resume is None:
         return None
     if resume == "latest":
-        found = latest_checkpoint(output_dir)
+        found = None if output_dir is None else latest_checkpoint(output_dir)
         return None if found is None else str(found)
     fault = checkpoint_fault(resume)
     if fault:
@@ -190,7 +190,7 @@ def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if hasattr(value, "full_tensor"):
             value = value.full_tensor()
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach().cpu().contiguous().clone()  # groups may share one learning rate
         return {"tensor": name}
     if isinstance(value, tuple):
         return {"tuple": [_plain(entry, f"{name}.{i}", tensors) for i, entry in enumerate(value)]}

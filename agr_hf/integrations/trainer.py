@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from agr_hf.integrations import private
+from agr_hf.integrations.checkpoints import resolve_checkpoint
+from agr_hf.optim.norms import is_dtensor
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import TrainOutput
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,69 @@ def trainer_optimizer(
         raise ValueError(_unknown(info, sorted(unknown)))
     weight_decay = options.pop("weight_decay", args.weight_decay)
     return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
+
+
+def train(trainer: Trainer, resume_from_checkpoint: str | None = None) -> TrainOutput:
+    """`trainer.train(resume_from_checkpoint=...)` that resumes from what is complete, and completely.
+
+    Two things go wrong without it. Trainer's own "latest" takes a checkpoint that a kill left half-written. And for models
+    whose files name weights otherwise than the model does (ViT and many others in transformers 5), Trainer loads what it
+    finds by name, warns of missing keys and trains on from fresh weights (transformers #43701).
+
+    Args:
+        trainer: ready to train.
+        resume_from_checkpoint: None, a checkpoint folder, or "latest" for the last complete one of the output folder (a
+            fresh start where there is none).
+
+    Raises:
+        ValueError: the named checkpoint is not complete; the message says what is wrong with which file.
+    """
+    checkpoint = resolve_checkpoint(resume_from_checkpoint, trainer.args.output_dir)
+    if checkpoint is None:
+        return trainer.train()
+    callback = _load_weights_callback(checkpoint)
+    trainer.add_callback(callback)
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.remove_callback(callback)
+
+
+def _load_weights_callback(checkpoint: str) -> TrainerCallback:
+    from transformers import TrainerCallback
+
+    class LoadWeights(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            load_renamed_weights(kwargs["model"], checkpoint)
+
+    return LoadWeights()
+
+
+def load_renamed_weights(model: torch.nn.Module, checkpoint: str) -> bool:
+    """Load a transformers model whose file names weights otherwise than it does. False where the names agree.
+
+    Raises:
+        RuntimeError: the weights are sharded over processes; the message says what to do.
+    """
+    from safetensors import safe_open
+    from transformers import PreTrainedModel
+
+    path = Path(checkpoint) / "model.safetensors"
+    if not isinstance(model, PreTrainedModel) or not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+    if saved <= set(model.state_dict()):
+        return False
+    if any(is_dtensor(param) for param in model.parameters()):
+        raise RuntimeError(
+            f"{checkpoint} names weights otherwise than {type(model).__name__} does, and Trainer cannot load such a file "
+            "into sharded weights (transformers #43701); make the model with from_pretrained(checkpoint) before sharding"
+        )
+    loaded = type(model).from_pretrained(checkpoint, config=model.config)
+    model.load_state_dict(loaded.state_dict())
+    logger.info("loaded the weights of %s under the names that %s gives them", checkpoint, type(model).__name__)
+    return True
 
 
 def optimizer_arguments(info: OptimizerInfo, args: TrainingArguments, options: dict[str, Any]) -> dict[str, Any]:

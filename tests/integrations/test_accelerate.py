@@ -1,0 +1,195 @@
+"""The example loop: resumed bits, two processes against one, loss scaling."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
+from agr_hf.integrations.accelerate import ema_of, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+LOOP = ROOT / "training_scripts/accelerate_loop.py"
+OURS = list_optimizers()[:7]
+
+
+def loop(folder, *options):
+    """Run the script in this process."""
+    # The singletons of accelerate outlive a run; a script has a process of its own.
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    main = runpy.run_path(str(LOOP))["main"]
+    main(["--output_dir", str(folder), "--cpu", "--num_train_epochs", "2", *map(str, options)])
+    return {name: load_file(Path(folder) / name / "model.safetensors") for name in ("model", "ema")}
+
+
+def assert_same_bits(one, other):
+    for name in one:
+        assert all(torch.equal(one[name][key], other[name][key]) for key in one[name])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_resumed_loop_has_the_bits_of_one_never_stopped(name, tmp_path):
+    """From the middle of an epoch, with accumulation, clipping, schedule, EMA and (for AGR) suspension."""
+    options = ["--optim", name, "--gradient_accumulation_steps", 2, "--save_steps", 6]
+    if name.startswith("agr"):
+        options += ["--agr_steps", 11]
+    whole = loop(tmp_path, *options)
+    checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-12", "checkpoint-16"]
+    resumed = loop(tmp_path, *options, "--resume_from_checkpoint", tmp_path / "checkpoint-12")
+    assert_same_bits(whole, resumed)
+
+
+def test_latest_is_the_last_finished_one(tmp_path):
+    options = ["--save_steps", 10]
+    whole = loop(tmp_path, *options)
+    (tmp_path / ".unfinished-99").mkdir()  # a kill in the middle of a save leaves this
+    resumed = loop(tmp_path, *options, "--resume_from_checkpoint", "latest")
+    assert_same_bits(whole, resumed)
+    assert not (tmp_path / ".unfinished-99").exists()
+
+
+def test_a_failing_save_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    save_checkpoint(accelerator, tmp_path, 1)
+
+    def full_disk(folder, *args, **kwargs):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(accelerator, tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert load_checkpoint(accelerator, "latest", tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        load_checkpoint(accelerator, str(tmp_path / "checkpoint-2"), tmp_path)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    for step in (5, 50, 500):
+        save_checkpoint(accelerator, tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-50", "checkpoint-500"]
+
+
+def torchrun(processes, folder, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, LOOP]
+    command += ["--output_dir", folder, "--cpu", "--num_train_epochs", 2, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return {name: load_file(Path(folder) / name / "model.safetensors") for name in ("model", "ema")}
+
+
+@pytest.mark.parametrize("name", ["agr_adamw", "adal"])
+def test_two_processes_equal_one_with_the_doubled_batch(name, tmp_path):
+    """DDP over gloo with accumulation 2. Not to the bit: means of means round otherwise, 1e-7 a step, and Adam turns the
+    sign of a gradient near zero into a step of lr; 2e-3 * 16 steps is the largest move, and 1% of it the tolerance."""
+    options = ["--optim", name, "--gradient_accumulation_steps", 2, "--learning_rate", 2e-3]
+    two = torchrun(2, tmp_path / "two", *options, "--per_device_train_batch_size", 16)
+    one = torchrun(1, tmp_path / "one", *options, "--per_device_train_batch_size", 32)
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=0, atol=0.01 * 2e-3 * 16)
+
+
+def test_debug_launcher_runs_a_loop_in_two_processes():
+    code = (
+        "import torch\n"
+        "from accelerate import Accelerator, debug_launcher\n"
+        "from agr_hf import create_optimizer\n"
+        "def loop():\n"
+        "    accelerator = Accelerator(cpu=True)\n"
+        "    assert accelerator.num_processes == 2\n"
+        "    torch.manual_seed(0)\n"
+        "    model = torch.nn.Linear(3, 2)\n"
+        "    model, optimizer = accelerator.prepare(model, create_optimizer('agr_adamw', model, lr=0.1))\n"
+        "    torch.manual_seed(accelerator.process_index)\n"
+        "    for _ in range(3):\n"
+        "        optimizer.zero_grad()\n"
+        "        accelerator.backward(model(torch.randn(4, 3)).square().sum())\n"
+        "        optimizer.step()\n"
+        "    weights = accelerator.gather(accelerator.unwrap_model(model).weight.detach()[None])\n"
+        "    assert torch.equal(weights[0], weights[1])\n"
+        "debug_launcher(loop, num_processes=2)\n"
+        "print('done')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert run.stdout.strip().endswith("done"), run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_steps_with_infinities_are_skipped_and_the_others_see_unscaled_gradients(name):
+    """accelerate's fp16 is for GPUs; its wrapper with a CPU GradScaler is the same code."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    ends = []
+    for scaled in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = create_optimizer(name, model, lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler if scaled else None)
+        skipped = []
+        for step in range(6):
+            wrapped.zero_grad()
+            loss = model(torch.randn(5, 4)).square().mean()
+            scaler.scale(loss).backward()
+            if step == 3:
+                before = model.weight.detach().clone()
+                model.weight.grad[0, 0] = float("inf")
+                if not scaled:
+                    continue
+            wrapped.step()
+            if step == 3:
+                assert torch.equal(model.weight, before)
+                assert wrapped.step_was_skipped
+            skipped.append(wrapped.step_was_skipped if scaled else False)
+        if scaled:
+            assert skipped == [False, False, False, True, False, False]
+        assert {float(state["step"]) for state in optimizer.state.values()} == {5.0}
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)  # a power of two scales exactly
+
+
+def test_bf16_autocast_trains(tmp_path):
+    ends = loop(tmp_path, "--mixed_precision", "bf16", "--optim", "adal")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in ends["model"].values())
+
+
+def test_an_average_of_weights_follows_its_decay():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    ema = ema_of(model, 0.75)
+    ema.update_parameters(model)
+    model.weight.data.fill_(1.0)
+    ema.update_parameters(model)
+    assert ema.module.weight == 0.25
+    with pytest.raises(ValueError, match="decay=1"):
+        ema_of(model, 1)
+
+
+def test_parameters_swapped_behind_the_optimizer_get_state_of_their_own():
+    """FSDP2's prepare puts DTensors in the place of the groups' parameters: nothing may be remembered of the old ones."""
+    for cls in (AGRAdamW, AdaL):
+        old, new = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
+        optimizer = cls([old], lr=0.1)
+        optimizer.param_groups[0]["params"] = [new]
+        new.grad = torch.randn(3, 3)
+        optimizer.step()
+        assert set(optimizer.state) == {new}
+        assert torch.equal(old.detach(), torch.ones(3, 3))

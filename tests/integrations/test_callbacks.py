@@ -1,0 +1,245 @@
+"""Suspension, statistics in every log, and the gradient-scale trap."""
+
+import json
+import logging
+
+import pytest
+import torch
+from small import arguments, small_data, small_model, trainer_of
+from transformers import TrainerCallback
+
+import agr_hf
+from agr_hf import AdaL, AGRAdamW, agr_param_groups, attach_agr
+from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
+from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.statistics import gradient_statistics
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    agr_hf.register()
+
+
+class Flags(TrainerCallback):
+    """Whether AGR was on in each step."""
+
+    def __init__(self):
+        self.on = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        groups = kwargs["optimizer"].param_groups
+        self.on.append(any(any(agr_flags(group)) for group in groups))
+
+
+@pytest.mark.parametrize(("at_epoch", "steps_with_agr"), [(2, 16), (0, 0), (1.5, 12), (2.5, 20)])
+def test_agr_is_suspended_at_the_epoch_and_said_so(at_epoch, steps_with_agr, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="agr_hf")
+    flags = Flags()
+    callbacks = [SuspendAGR(at_epoch=at_epoch), flags]
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=-1, num_train_epochs=3)  # 8 steps an epoch
+    trainer = trainer_of(small_model(), args, callbacks=callbacks)
+    trainer.train()
+    assert flags.on == [True] * steps_with_agr + [False] * (24 - steps_with_agr)
+    assert f"AGR is suspended from epoch {at_epoch:g}, step {steps_with_agr}" in caplog.text
+    entries = [entry for entry in trainer.state.log_history if entry.get("agr_suspended")]
+    assert [entry["step"] for entry in entries] == [steps_with_agr + 1]
+
+
+def test_a_run_resumed_after_the_suspension_stays_suspended(tmp_path):
+    """Also without the callback: the optimizer's checkpoint keeps it."""
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=16, save_strategy="steps", save_steps=12)
+    trainer_of(small_model(), args, callbacks=[SuspendAGR(at_epoch=1)]).train()
+    for callbacks in ([], [SuspendAGR(at_epoch=1)]):
+        flags = Flags()
+        trainer = trainer_of(small_model(), args, callbacks=[*callbacks, flags])
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+        assert flags.on == [False] * 4
+
+
+def test_suspension_of_an_optimizer_without_agr_is_said(tmp_path, caplog):
+    trainer_of(small_model(), arguments(tmp_path, max_steps=2), callbacks=[SuspendAGR(at_epoch=0)]).train()
+    assert "AdamW has no AGR to suspend" in caplog.text
+
+
+def test_suspension_reaches_attached_psi(tmp_path):
+    model = small_model()
+    optimizer = torch.optim.SGD(agr_param_groups(model), lr=0.1)
+    attach_agr(optimizer)
+    trainer_of(
+        model, arguments(tmp_path, max_steps=3), optimizers=(optimizer, None), callbacks=[SuspendAGR(at_epoch=0)]
+    ).train()
+    assert not any(group["agr"] for group in optimizer.param_groups)
+
+
+def test_a_negative_epoch_is_refused():
+    with pytest.raises(ValueError, match="at_epoch=-1"):
+        SuspendAGR(at_epoch=-1)
+
+
+class Tracker(TrainerCallback):
+    """Stands where TensorBoard, Trackio and W&B stand: before the user's callbacks, fed by on_log."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def statistics_in(entries):
+    return [{k: v for k, v in entry.items() if k.startswith("gradients/")} for entry in entries]
+
+
+def test_statistics_reach_log_history_and_every_tracker(tmp_path):
+    tracker = Tracker()
+    trainer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw"), callbacks=[tracker])
+    statistics = GradientStatistics(every=5).attach(trainer)
+    assert trainer.callback_handler.callbacks.index(tracker) < trainer.callback_handler.callbacks.index(statistics)
+    trainer.train()
+    history = [s for s in statistics_in(trainer.state.log_history) if s]
+    assert len(history) == 4
+    assert [s for s in statistics_in(tracker.logs) if s] == history
+    keys = {key.rsplit("/", 1)[1] for key in history[0]}
+    assert keys == {"effect", "largest_share", "l1_norm", "zeros", "log_mean", "log_std"}
+    assert {key.split("/")[1] for key in history[0]} >= {"overall", "classifier.weight"}
+    assert not any("bias" in key or "layernorm" in key for key in history[0])
+    assert 0 < history[0]["gradients/overall/effect"] < 0.1
+    json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_statistics_are_in_tensorboards_files(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is missing: pip install 'agr-hf[test]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = arguments(tmp_path, optim="agr_adamw", report_to="tensorboard")
+    args.logging_dir = str(tmp_path / "board")
+    trainer = trainer_of(small_model(), args)
+    GradientStatistics(every=5, layers=False).attach(trainer)
+    trainer.train()
+    (events,) = list(tmp_path.rglob("events.out.tfevents*"))
+    board = EventAccumulator(str(events.parent)).Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if "gradients/overall/effect" in tag]
+    assert len(tags) == 1
+    assert len(board.Scalars(tags[0])) == 4
+
+
+def test_statistics_as_a_mere_callback_reach_log_history_and_say_what_they_miss(tmp_path, caplog):
+    args = arguments(tmp_path, optim="agr_adamw")
+    trainer = trainer_of(small_model(), args, callbacks=[GradientStatistics(every=5)])
+    args.report_to = ["wandb"]  # named, not run
+    trainer.train()
+    assert sum(bool(s) for s in statistics_in(trainer.state.log_history)) == 4
+    assert "not wandb; call GradientStatistics(...).attach(trainer)" in caplog.text
+
+
+def test_statistics_equal_those_of_the_gradients_of_the_step(tmp_path):
+    class Own(TrainerCallback):
+        found = None
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.found = gradient_statistics([("w", model.classifier.weight.grad.clone())])["w"]
+
+    own = Own()
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=1, logging_steps=1)
+    trainer = trainer_of(small_model(), args, callbacks=[own])
+    GradientStatistics(every=1).attach(trainer)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    for key, value in own.found.as_dict().items():
+        assert logged[f"gradients/classifier.weight/{key}"] == pytest.approx(value)
+
+
+def test_nothing_is_measured_between(tmp_path, monkeypatch):
+    import agr_hf.integrations.callbacks as callbacks
+
+    calls = []
+    real = callbacks.gradient_statistics
+    monkeypatch.setattr(callbacks, "gradient_statistics", lambda grads: calls.append(1) or real(grads))
+    trainer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw"))
+    GradientStatistics(every=7).attach(trainer)
+    trainer.train()
+    assert len(calls) == 3  # steps 0, 7, 14
+
+
+@pytest.mark.parametrize("every", [0, 1.5, "5", True])
+def test_a_bad_interval_is_refused(every):
+    with pytest.raises(ValueError, match="every="):
+        GradientStatistics(every=every)
+
+
+class Dropping(torch.nn.Module):
+    """A head that takes num_items_in_batch and drops it; "uses" divides by it, as causal language models do."""
+
+    def __init__(self, uses):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 10)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.uses = uses
+
+    def forward(self, pixel_values, labels=None, **kwargs):
+        logits = self.linear(self.dropout(pixel_values.flatten(1)))
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        if self.uses and kwargs.get("num_items_in_batch") is not None:
+            loss = loss * len(labels) / kwargs["num_items_in_batch"]
+        return {"loss": loss, "logits": logits}
+
+
+def scale_warnings(tmp_path, caplog, model, optimizer, **options):
+    args = arguments(tmp_path, max_steps=2, **options)
+    trainer = trainer_of(model, args, callbacks=[GradientScaleCheck()], optimizers=(optimizer, None))
+    trainer.train()
+    return [record.getMessage() for record in caplog.records if "47688" in record.getMessage()]
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("uses", [True, False])
+def test_the_gradient_scale_trap_is_warned_of_once_and_only_where_it_is(steps, uses, tmp_path, caplog):
+    model = Dropping(uses)
+    found = scale_warnings(
+        tmp_path, caplog, model, AdaL(model.parameters()), gradient_accumulation_steps=steps, max_grad_norm=1.0
+    )
+    assert len(found) == (1 if steps == 4 and not uses else 0)
+    for warning in found:
+        assert "4 times those of the mean loss" in warning
+        assert "clips at 1/4 of the norm" in warning
+        assert "16 times larger" in warning
+
+
+def test_the_warning_is_right_about_the_gradients(tmp_path):
+    """The trap itself: Trainer's gradients of a dropping head are the accumulation steps times the mean's."""
+
+    class Norm(TrainerCallback):
+        norm = 0.0
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.norm = model.linear.weight.grad.norm().item()
+
+    norms = {}
+    for declared in (None, False):
+        torch.manual_seed(0)
+        model, norm = Dropping(uses=False), Norm()
+        model.dropout.p = 0.0
+        if declared is not None:
+            model.accepts_loss_kwargs = declared
+        args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=4, max_grad_norm=0)
+        trainer_of(model, args, callbacks=[norm], optimizers=(AdaL(model.parameters()), None)).train()
+        norms[declared] = norm.norm
+    assert norms[None] == pytest.approx(4 * norms[False], rel=1e-5)
+
+
+def test_no_warning_where_nothing_minds(tmp_path, caplog):
+    model = Dropping(uses=False)
+    optimizer = AGRAdamW(model.parameters())
+    assert not scale_warnings(tmp_path, caplog, model, optimizer, gradient_accumulation_steps=4, max_grad_norm=0)
+
+
+def test_asking_the_model_disturbs_no_random_state_and_no_mode(tmp_path):
+    ends = []
+    for callbacks in ([], [GradientScaleCheck()]):
+        torch.manual_seed(0)
+        model = Dropping(uses=False)
+        args = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2)
+        optimizer = AdaL(model.parameters())
+        trainer_of(model, args, callbacks=callbacks, optimizers=(optimizer, None), train_dataset=small_data(96)).train()
+        ends.append(model.linear.weight.detach().clone())
+    assert torch.equal(*ends)

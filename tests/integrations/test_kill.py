@@ -1,0 +1,89 @@
+"""kill -9 at random moments, saving included: the resumed run ends with the bits of the run never killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agr_hf.integrations.checkpoints import checkpoint_fault
+
+HERE = Path(__file__).parent
+SEED = 20260
+
+
+def start(folder):
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    return subprocess.Popen(
+        [sys.executable, HERE / "killed_job.py", folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_training(process):
+    for line in process.stdout:
+        if line.strip() == "training":
+            return
+    raise AssertionError(f"the job ended with {process.wait()} before it trained")
+
+
+def unfinished(run):
+    return [p for p in run.glob("checkpoint-*") if not (p / "trainer_state.json").exists()]
+
+
+def wait_for_a_save(process, run, known):
+    """Until a checkpoint that was not there before is being written."""
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        if set(unfinished(run)) - known:
+            return
+        time.sleep(0.0005)
+
+
+def survive(tmp_path, kills):
+    whole = start(tmp_path / "whole")
+    wait_for_training(whole)
+    assert whole.wait() == 0
+    random.seed(SEED)
+    folder = tmp_path / "killed"
+    while_saving, broken, done = 0, 0, 0
+    while done < kills:
+        process = start(folder)
+        wait_for_training(process)
+        if done % 2:
+            wait_for_a_save(process, folder / "run", set(unfinished(folder / "run")))
+            time.sleep(random.uniform(0, 0.02))
+        else:
+            time.sleep(random.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the job ended before it was killed: give it more steps"
+        faults = [checkpoint_fault(p) for p in (folder / "run").glob("checkpoint-*")]
+        while_saving += done % 2
+        broken += any(faults)
+        done += 1
+    last = start(folder)
+    wait_for_training(last)
+    assert last.wait() == 0
+    one, other = (load_file(tmp_path / name / "end.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    print(f"{done} kills (seed {SEED}), {while_saving} of them aimed at a save, {broken} left a broken checkpoint")
+    return broken
+
+
+def test_three_kills(tmp_path):
+    survive(tmp_path, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_four_kills(tmp_path):
+    assert survive(tmp_path, 24) > 0  # or nothing was hit while it was saving

@@ -1,0 +1,103 @@
+"""`agr-hf inspect`: local folders, timm, datasets; its numbers against Psi itself."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from torch import nn
+from transformers import AlbertConfig, AlbertForPreTraining, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from agr_hf import agr
+from agr_hf.cli import main
+from agr_hf.experiments.inspect import Layer, measure, random_batches, verdict
+from agr_hf.tasks.digits import digits_model, load_digits
+
+
+def inspected(tmp_path, capsys, *arguments):
+    assert main(["inspect", *map(str, arguments), "--output", str(tmp_path / "out"), "--batches", "3"]) == 0
+    assert (tmp_path / "out/inspect.png").read_bytes().startswith(b"\x89PNG")
+    return capsys.readouterr().out, json.loads((tmp_path / "out/inspect.json").read_text())
+
+
+def test_a_timm_architecture(tmp_path, capsys):
+    out, results = inspected(tmp_path, capsys, "resnet18", "--batch-size", 2, "--rows", 3)
+    layers = {layer["name"]: layer for layer in results["layers"]}
+    assert len(layers) == 21
+    assert 0 < layers["fc.weight"]["effect"] < 0.01
+    assert layers["layer1.0.conv1.weight"]["zeros"] == 1  # timm's residual branches
+    assert "more layers got a gradient of exactly zero" in out
+    assert "and 18 layers with less effect" in out
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: digits_model(hidden_size=24, num_hidden_layers=1, intermediate_size=32, num_attention_heads=2),
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=32)),
+        lambda: BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)),
+        lambda: AlbertForPreTraining(
+            AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=50, embedding_size=8)
+        ),
+    ],
+    ids=["vit", "gpt2", "bert", "albert"],
+)
+def test_a_local_folder(model, tmp_path, capsys):
+    model().save_pretrained(tmp_path / "model")
+    out, results = inspected(tmp_path, capsys, tmp_path / "model")
+    assert all(0 <= layer["effect"] < 1 for layer in results["layers"])
+    assert "AGR takes" in out
+    assert str(tmp_path) not in json.dumps(results)
+
+
+def test_a_dataset_of_images_in_a_parquet_file(tmp_path, capsys):
+    digits = load_digits()["train"]
+    from PIL import Image as Picture
+
+    pictures = [Picture.fromarray(((p[0] + 1) * 127).byte().numpy()) for p in digits.pixel_values[:40]]
+    rows = {"image": pictures, "label": digits.labels[:40].tolist()}
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "digits.parquet")
+    digits_model().save_pretrained(tmp_path / "model")
+    out, results = inspected(tmp_path, capsys, tmp_path / "model", "--dataset", tmp_path / "digits.parquet")
+    assert results["batches"] == "batches of digits.parquet"
+    assert "Random batches" not in out
+
+
+def test_what_cannot_be_inspected_gets_a_sentence(tmp_path, capsys):
+    assert main(["inspect", "nobody/nothing", "--output", str(tmp_path / "out")]) == 1
+    assert "'nobody/nothing' is no local folder with a model, no architecture of timm" in capsys.readouterr().err
+    digits_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    arguments = ["inspect", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--dataset", str(tmp_path / "table.csv")]) == 1
+    assert "has the columns a, b; needed are image and label, or text" in capsys.readouterr().err
+    assert main([*arguments, "--dataset", str(tmp_path / "none.parquet")]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="ReLU has no"):
+        measure(nn.ReLU(), iter([]))
+
+
+def test_effect_and_noise_are_those_of_the_gradients():
+    torch.manual_seed(0)
+    model = digits_model(hidden_size=24, num_hidden_layers=1, intermediate_size=32, num_attention_heads=2)
+    batches = list(random_batches(model, 4, 5))
+    layers = {layer.name: layer for layer in measure(model, iter(batches))}
+    grads = []
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        grads.append(model.classifier.weight.grad.double().clone())
+    effects = sorted(((agr(g) - g).norm() / g.norm()).item() for g in grads)
+    assert layers["classifier.weight"].effect == pytest.approx(effects[2], rel=1e-4)
+    mean = sum(grads) / 5
+    noise = math.sqrt(sum((g - mean).square().sum() for g in grads) / sum(g.square().sum() for g in grads))
+    assert layers["classifier.weight"].noise == pytest.approx(noise, rel=1e-4)
+
+
+def test_the_verdict_counts_what_it_says():
+    layers = [Layer("small", 10, 0.05, 0.1, 0.5, 0.0, 1.0), Layer("large", 10_000, 0.001, 0.01, 0.5, 0.0, 1.0)]
+    text = verdict(layers)
+    assert "2.5% of the gradient's length in the median layer" in text or "2.6%" in text
+    assert "at most 5% (small, 10 weights); 1 of 2 layers lose more than 1%" in text
