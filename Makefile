@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch's own choice of threads is the machine's cores; a number here is passed on to every process.
 export OMP_NUM_THREADS
 
-.PHONY: demo test lint test-slow test-gpu bench clean
+.PHONY: demo test lint test-oldest test-slow test-gpu bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
@@ -17,6 +17,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In an environment of its own, .venv-oldest.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -33,8 +38,8 @@ $(VENV)/installed: pyproject.toml
 		echo "agr_hf needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 		"name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test]" $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info demo-output
