@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends.cpu import BLOCK
 from agr_hf.optim.norms import local, reduced
 
 
@@ -67,29 +68,47 @@ def gradient_statistics(named_grads: Iterable[tuple[str, Tensor]]) -> dict[str, 
 
 
 def _sums(grad: Tensor) -> Tensor:
-    """numel, l1 norm, largest magnitude, ||Psi(g) - g||^2, ||g||^2, number of nonzeros, sums of ln|g| and ln^2|g|."""
-    size = grad.abs().to(torch.promote_types(grad.dtype, torch.float32)).flatten()
-    l1 = size.sum(dtype=torch.float64)
-    # In units of the mean magnitude, so that fourth powers neither vanish nor overflow in float32.
-    mean = l1 / size.numel()
-    unit = size / torch.where(mean > 0, mean, 1.0).to(size.dtype)
-    squares = unit.square()
-    # |Psi(g) - g| = |g|^2 / S = unit^2 mean / numel; one-element tensors pass through.
-    removed = squares.square().sum(dtype=torch.float64) * (mean / size.numel()).square() * (size.numel() > 1)
-    present = size > 0
-    logs = torch.where(present, size, 1.0).log().double()
+    """numel, l1 norm, largest magnitude, ||Psi(g) - g||^2, ||g||^2, number of nonzeros, sums of ln|g| and ln^2|g|.
+
+    In float64, summed over blocks that stay in the CPU's cache; on other devices one block is the whole.
+    """
+    numel = grad.numel()
+    blocks = grad.flatten().split(BLOCK if grad.is_cpu else numel)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    firsts = [(size.sum(), size.max()) for size in (block.abs().to(dtype) for block in blocks)]
+    l1 = torch.stack([total.double() for total, _ in firsts]).sum()
+    largest = torch.stack([most for _, most in firsts]).max().double()
+    # In units of the mean magnitude, so that fourth powers neither vanish nor overflow in float32, and logarithms lie
+    # around zero, where the difference of their sums keeps its digits.
+    mean = l1 / numel
+    scale = torch.where(mean > 0, mean, 1.0)
+    second, fourth, present, logs, log_squares = torch.stack(
+        [_block_sums(block.to(dtype), scale) for block in blocks]
+    ).sum(0)
+    shift = scale.log()
     return torch.stack(
         [
-            torch.full_like(l1, size.numel()),
+            torch.full_like(l1, numel),
             l1,
-            size.max().double(),
-            removed,
-            squares.sum(dtype=torch.float64) * mean.square(),
-            present.sum().double(),
-            logs.sum(),
-            logs.square().sum(),
+            largest,
+            # |Psi(g) - g| = |g|^2 / S = unit^2 mean / numel; one-element tensors pass through.
+            fourth * (mean / numel).square() * (numel > 1),
+            second * mean.square(),
+            present,
+            logs + present * shift,
+            log_squares + 2 * shift * logs + present * shift.square(),
         ]
     )
+
+
+def _block_sums(block: Tensor, scale: Tensor) -> Tensor:
+    unit = block.abs().div_(scale.to(block.dtype))
+    present = unit > 0
+    logs = torch.where(present, unit, 1.0).log_()
+    sums = [present.sum(), logs.sum(), logs.square_().sum()]
+    squares = unit.square_()
+    sums = [squares.sum(), squares.square().sum(), *sums]
+    return torch.stack([total.double() for total in sums])
 
 
 def _statistics(rows: list[list[float]]) -> GradientSummary:

@@ -38,7 +38,7 @@ def test_cuda_equals_the_papers_rule(name, options, dtype, tolerance, variant):
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_a_step_never_waits_for_the_device(name, variant):
-    params, optimizer = stepped(name, torch.float32, {"max_grad_norm": 1.0, **variant}, gradients(2))
+    _, optimizer = stepped(name, torch.float32, {"max_grad_norm": 1.0, **variant}, gradients(2))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
