@@ -8,8 +8,10 @@ from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.backends.cpu import fused_adamw_
 from agr_hf.optim.work import Batch
 
-# Above it beta1's share of the fold in `fold_psi_into_momentum` could overflow float32; norms below 1e-30 get there.
+# The fold in `fold_psi_into_momentum` divides by beta1 and the norm. Norms below 1e-30 could overflow float32; below a
+# beta1 of 0.1 the kernel's cancellation begins to cost digits of Psi (all of them at 1e-8).
 LARGEST_FOLD = 1e30
+SMALLEST_BETA = 0.1
 
 
 def adam_(batch: Batch, first: list[Tensor], second: list[Tensor], decay: float) -> None:
@@ -59,11 +61,11 @@ def fold_psi_into_momentum(batch: Batch) -> bool:
     before the kernel runs leaves it the rest.
 
     Returns:
-        False, with nothing changed, where the factor is out of float32's reach.
+        False, with nothing changed, where float32 cannot hold the bracket well enough.
     """
     beta1 = batch.group["betas"][0]
     norms = batch.norms
-    if beta1 == 0 or any((1 - beta1) > LARGEST_FOLD * beta1 * norm for norm in norms):
+    if beta1 < SMALLEST_BETA or any((1 - beta1) > LARGEST_FOLD * beta1 * norm for norm in norms):
         return False
     factors = [-(1 - beta1) / (beta1 * norm) for norm in norms]
     mt.addcmul_(batch.state["exp_avg"], mt.magnitude(batch.grads), batch.grads, factors)

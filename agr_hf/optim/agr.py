@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -227,6 +228,10 @@ class AGRAdam(_AGRAdam):
         super().__init__(params, defaults)
 
 
+# Live handles: Psi of Psi is nobody's rule.
+_ATTACHED: WeakKeyDictionary[torch.optim.Optimizer, AGRHandle] = WeakKeyDictionary()
+
+
 class AGRHandle:
     """What `attach_agr` returns: `.remove()` ends it, `.steps` says when it ends by itself."""
 
@@ -234,10 +239,13 @@ class AGRHandle:
         self.min_ndim = min_ndim
         self.steps = steps
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+        _ATTACHED[optimizer] = self
 
     def remove(self) -> None:
         """Leave the gradients of later steps as they are. May be called twice."""
         self._hook.remove()
+        for optimizer in [optimizer for optimizer, handle in _ATTACHED.items() if handle is self]:
+            del _ATTACHED[optimizer]
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -298,6 +306,7 @@ def attach_agr(optimizer: torch.optim.Optimizer, *, min_ndim: int = 2, steps: in
 
     Raises:
         TypeError: `optimizer` is no torch optimizer, or already applies AGR itself.
+        RuntimeError: AGR is attached to it already.
         ValueError: `min_ndim` or `steps` is no whole number >= 0.
     """
     inner = getattr(optimizer, "optimizer", None)
@@ -309,6 +318,10 @@ def attach_agr(optimizer: torch.optim.Optimizer, *, min_ndim: int = 2, steps: in
         raise TypeError(
             f"{type(optimizer).__name__} applies AGR itself; attaching it again would apply Psi twice. Use its own "
             "options agr, agr_steps and min_ndim"
+        )
+    if optimizer in _ATTACHED:
+        raise RuntimeError(
+            f"AGR is attached to this {type(optimizer).__name__} already; call .remove() on the handle of the first time"
         )
     for key, value in (("min_ndim", min_ndim), ("steps", steps)):
         if not (is_count(value) or (key == "steps" and value is None)):

@@ -9,4 +9,11 @@ from typing import Any
 def agr_flags(group: Mapping[str, Any]) -> list[bool]:
     """Whether AGR is wanted for each parameter of a group; a group that does not say wants it for all."""
     flags = group.get("agr", True)
-    return list(flags) if isinstance(flags, list) else [bool(flags)] * len(group["params"])
+    if not isinstance(flags, list):
+        return [bool(flags)] * len(group["params"])
+    if len(flags) != len(group["params"]):
+        raise ValueError(
+            f"a group has {len(group['params'])} parameters and an `agr` for {len(flags)}; where parameters are added to a "
+            "group or taken out of it, do the same to its list, or set it to True or False"
+        )
+    return list(flags)

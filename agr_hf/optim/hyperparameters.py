@@ -18,33 +18,43 @@ def check_group(group: dict[str, Any], optimizer: str, betas_count: int) -> None
     lr = group["lr"]
     if isinstance(lr, Tensor):
         # The value of a tensor on a device is not looked at: reading it would wait for the device.
-        if lr.numel() != 1 or (lr.is_cpu and not _at_least_zero(lr.item())):
+        if lr.numel() != 1 or (lr.is_cpu and not is_at_least_zero(lr.item())):
             refuse("lr", "a number >= 0, or a tensor with one such element")
-    elif not _at_least_zero(lr):
+    elif not is_at_least_zero(lr):
         refuse("lr", "a number >= 0, or a tensor with one such element")
     betas = group["betas"]
     if (
         not isinstance(betas, (tuple, list))
         or len(betas) != betas_count
-        or not all(_at_least_zero(beta) and beta < 1 for beta in betas)
+        or not all(is_at_least_zero(beta) and beta < 1 for beta in betas)
     ):
         refuse("betas", f"{betas_count} numbers >= 0 and < 1")
     for key in ("eps", "weight_decay", "gamma"):
-        if key in group and not _at_least_zero(group[key]):
+        if key in group and not is_at_least_zero(group[key]):
             refuse(key, "a number >= 0")
     norm = group["max_grad_norm"]
-    if norm is not None and not (_at_least_zero(norm) and norm > 0):
+    if norm is not None and not (is_at_least_zero(norm) and norm > 0):
         refuse("max_grad_norm", "a number > 0, or None for no clipping")
     for key in ("maximize", "capturable", "proximal", "decoupled"):
         if key in group and not isinstance(group[key], bool):
             refuse(key, "True or False")
     for key in ("foreach", "fused"):
-        if group[key] not in (None, True, False):
+        if group[key] is not None and not isinstance(group[key], bool):
             refuse(key, "True, False, or None for the fastest of the device")
-    if group["foreach"] and group["fused"]:
-        refuse("fused", "None or False together with foreach=True: they are two ways to compute the step")
+    if group["fused"] and (group["foreach"] is not None or group["capturable"]):
+        refuse(
+            "fused", "None or False together with foreach or capturable: they are different ways to compute the step"
+        )
     if "agr_steps" in group:
         _check_agr(group, refuse)
+
+
+def with_plain_numbers(group: dict[str, Any]) -> None:
+    """Make numbers of numpy and their likes Python's: a state_dict must load with `weights_only=True`."""
+    for key in ("lr", "eps", "weight_decay", "gamma", "max_grad_norm"):
+        if isinstance(group.get(key), Real):
+            group[key] = float(group[key])
+    group["betas"] = tuple(float(beta) for beta in group["betas"])
 
 
 def _check_agr(group: dict[str, Any], refuse: Any) -> None:
@@ -68,7 +78,7 @@ def _check_agr(group: dict[str, Any], refuse: Any) -> None:
         refuse("second_moment", "'raw' (the paper) or 'regularized' (the authors' code)")
 
 
-def _at_least_zero(value: Any) -> bool:
+def is_at_least_zero(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= 0
 
 

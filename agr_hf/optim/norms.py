@@ -24,6 +24,8 @@ def l1_norms(grads: Iterable[Tensor]) -> list[Tensor]:
     Raises:
         TypeError: a gradient is complex, sparse or not a tensor.
     """
+    if isinstance(grads, Tensor):
+        raise TypeError("l1_norms takes a list of tensors, but one tensor was given; wrap it: l1_norms([grad])")
     grads = list(grads)
     for grad in grads:
         check_dense_real(grad)
@@ -83,7 +85,7 @@ def sums_of_pieces(pieces: Sequence[Tensor], power: int) -> list[Tensor]:
     """sum|x| (power 1) or sum x^2 (power 2) of each local tensor, in at least float32; one device and dtype."""
     device, dtype = pieces[0].device, torch.promote_types(pieces[0].dtype, torch.float32)
     if device.type == "cpu":
-        return [torch.tensor(sum_on_cpu(piece, power), dtype=dtype) for piece in pieces]
+        return [torch.tensor(sum_on_cpu(piece, power), dtype=dtype, device="cpu") for piece in pieces]
     if device.type == "cuda":
         filled = [piece for piece in pieces if piece.numel()]
         if not filled:
@@ -128,6 +130,8 @@ def add_over_shards(rows: list[list[Tensor]], tensors: Sequence[Tensor]) -> list
         if is_dtensor(tensor):
             meshes.setdefault(tensor.device_mesh, []).append(i)  # type: ignore[attr-defined]
     for mesh, indices in meshes.items():
+        if mesh.get_coordinate() is None:  # type: ignore[attr-defined]
+            continue  # a mesh of other ranks: nothing of its tensors is here
         flat = torch.stack([row[i].double() if row[i].is_cpu else row[i] for row in rows for i in indices])
         for dim in range(mesh.ndim):  # type: ignore[attr-defined]
             sharded = [not tensors[i].placements[dim].is_replicate() for i in indices]  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ class NosAdam(StepOptimizer):
     """
 
     scalar_state = {"weight_sum": 0.0}  # B_{t-1}
+    required_state = ("weight_sum",)  # Adam's second moment is no such mean
 
     def __init__(
         self,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from agr_hf.optim.hyperparameters import is_at_least_zero
 
 # "We applied the AGR method to the fully connected layers and convolutional layers" (arXiv 2407.16944, section 5.1).
 REGULARIZED_LAYERS = (
@@ -14,6 +16,9 @@ REGULARIZED_LAYERS = (
     nn.modules.conv._ConvNd,
     nn.MultiheadAttention,  # its projections are fully connected layers kept as bare parameters
 )
+
+# Lengths of rows that weight normalization keeps beside their directions, the old way and the new.
+MAGNITUDES = ("weight_g", "weight.original0")
 
 
 def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
@@ -35,7 +40,7 @@ def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
     Raises:
         ValueError: the model has no floating-point parameters, or `weight_decay` is negative.
     """
-    if not weight_decay >= 0:
+    if not is_at_least_zero(weight_decay):
         raise ValueError(f"weight_decay={weight_decay!r} is not allowed; it must be a number >= 0")
     regularized, undecayed = _by_layer_type(model)
     params = [param for param in model.parameters() if param.is_floating_point()]
@@ -72,14 +77,22 @@ def _by_layer_type(model: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
     undecayed: set[Tensor] = set()
     for module in model.modules():
         norm = "norm" in type(module).__name__.lower()
-        for name, param in module.named_parameters(recurse=False):
-            if param.ndim < 2 or norm or name.endswith("bias"):
+        for name, param in _own_parameters(module):
+            if param.ndim < 2 or norm or "bias" in name or name in MAGNITUDES:
                 undecayed.add(param)
             elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 embeddings.add(param)
             elif isinstance(module, REGULARIZED_LAYERS) or _is_transformers_conv1d(module):
                 regularized.add(param)
     return regularized - embeddings, undecayed
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters, those behind a parametrization (weight_norm, spectral_norm) as if they were its own."""
+    yield from module.named_parameters(recurse=False)
+    for tensor_name, parametrization in getattr(module, "parametrizations", {}).items():
+        for name, param in parametrization.named_parameters(recurse=False):
+            yield f"{tensor_name}.{name}", param
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends.multi_tensor import Scalar
-from agr_hf.optim.norms import add_over_shards, by_device_and_dtype, sums_of_pieces
+from agr_hf.optim.norms import add_over_shards, by_device_and_dtype, is_dtensor, sums_of_pieces
 from agr_hf.optim.work import Work, batches
 
 
@@ -25,6 +25,11 @@ def reduce_norms(works: Sequence[Work], groups: Sequence[dict[str, Any]]) -> dic
     clipped = any(group["max_grad_norm"] is not None for group in groups)
     raw = [work for work in works if work.needs_norm and not work.coupled]
     summed = works if clipped else raw
+    if clipped and any(is_dtensor(work.whole) and work.whole.device_mesh.get_coordinate() is None for work in works):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "max_grad_norm needs every gradient's norm on every rank, but some parameters live on a mesh that this rank is "
+            "not part of; clip outside of the optimizer, and leave max_grad_norm=None"
+        )
     if summed:
         rows = [_local_sums(summed, 1), _local_sums(summed, 2)] if clipped else [_local_sums(summed, 1)]
         rows = add_over_shards(rows, [work.whole for work in summed])

@@ -109,7 +109,9 @@ def create_optimizer(
         accepted = inspect.signature(info.cls).parameters
         arguments.setdefault("weight_decay", accepted["weight_decay"].default)
         params = agr_param_groups(model_or_params, weight_decay=arguments["weight_decay"])
-        if "agr" not in accepted:
-            for group in params:
+        for group in params:
+            if "agr" not in accepted:
                 del group["agr"]
+            elif arguments.get("agr") is False:
+                group["agr"] = False
     return info.cls(params, **arguments)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.hyperparameters import check_group
+from agr_hf.optim.hyperparameters import check_group, with_plain_numbers
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.norms import is_dtensor, local, reduced
 from agr_hf.optim.reduction import reduce_norms
@@ -24,6 +24,8 @@ from agr_hf.optim.work import Batch, Work, batches
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
 # Keys of torch's optimizers that mean nothing here, and would mislead a torch optimizer that loads our state later.
 FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay")
+# What an optimizer may find in the state of a relative and need not understand: Adan takes AGRAdan's.
+HARMLESS_STATE = ("pre_l1_norm",)
 
 
 class StepOptimizer(torch.optim.Optimizer):
@@ -31,6 +33,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     - `state_keys`: names of the state tensors shaped like the parameter;
     - `scalar_state`: names of per-parameter 0-dim state tensors with their first values (kept in float64);
+    - `required_state`: names of `scalar_state` without which a loaded state means nothing;
     - `uses_norms`: whether the rule needs every l1 norm (AGR's are asked for where Psi applies);
     - `fused_devices`: types of the devices on which it has a one-pass kernel;
     - `l2_decay(group)`: whether weight decay is part of the gradient (L2) or left to the rule (decoupled);
@@ -39,12 +42,14 @@ class StepOptimizer(torch.optim.Optimizer):
 
     state_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     scalar_state: Mapping[str, float] = {}
+    required_state: tuple[str, ...] = ()
     uses_norms = False
     fused_devices: tuple[str, ...] = ()
     betas_count = 2
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._matrices: list[int] = []  # how many matrices each group was made with
+        # Of each group as it was made: how many matrices, and which vectors.
+        self._made_with: list[tuple[int, set[int]]] = []
         super().__init__(params, defaults)
 
     # ---- to be stated by a rule
@@ -75,7 +80,8 @@ class StepOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._matrices.append(_count_matrices(group))
+        with_plain_numbers(group)
+        self._made_with.append(_shape_of(group))
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -101,12 +107,15 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def _check_not_flattened(self) -> None:
         """DeepSpeed ZeRO swaps a group's parameters for one flat partition after the optimizer was made."""
-        for group, matrices in zip(self.param_groups, self._matrices, strict=True):
-            if matrices and not _count_matrices(group):
+        if len(self.param_groups) != len(self._made_with):
+            return  # the user edited the groups
+        for group, (matrices, vectors) in zip(self.param_groups, self._made_with, strict=True):
+            params = group["params"]
+            if matrices and len(params) == 1 and params[0].ndim == 1 and id(params[0]) not in vectors:
                 raise RuntimeError(
-                    f"{type(self).__name__} was made for a group with {matrices} matrices and finds only "
-                    "1-dimensional tensors now: the layers were flattened (DeepSpeed ZeRO does so), and each layer's "
-                    "own gradient is needed; use FSDP2 or DDP, or ZeRO stage 0"
+                    f"{type(self).__name__} was made for a group with {matrices} matrices and finds one flat tensor of "
+                    f"{params[0].numel()} elements now: the layers were flattened (DeepSpeed ZeRO does so), and each "
+                    "layer's own gradient is needed; use FSDP2 or DDP, or ZeRO stage 0"
                 )
 
     # ---- the step
@@ -129,6 +138,7 @@ class StepOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_not_flattened()
+        self._check_gradients()
         works = [work for group in self.param_groups for work in self._collect(group)]
         if works:
             scales = reduce_norms(works, self.param_groups)
@@ -144,6 +154,29 @@ class StepOptimizer(torch.optim.Optimizer):
             self.finish(works)
         return loss
 
+    def _check_gradients(self) -> None:
+        """Before anything changes: a refused step must not count as made."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                grad = param.grad
+                if grad is not None and grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not take sparse gradients, but one of layout {grad.layout} and shape "
+                        f"{tuple(grad.shape)} was given; make the embedding with sparse=False"
+                    )
+                if grad is not None and param in self.state:
+                    self._check_shapes(param, self.state[param])
+
+    def _check_shapes(self, param: Tensor, state: Mapping[str, Any]) -> None:
+        """State of another shape would send the fused kernel past the end of its memory."""
+        for key in self.state_keys:
+            if key in state and state[key].shape != param.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: {key} has the shape {tuple(state[key].shape)} and its parameter "
+                    f"{tuple(param.shape)}; the state belongs to another model, or the parameter was changed since: load "
+                    "the state of this model, or make the optimizer anew"
+                )
+
     def _collect(self, group: dict[str, Any]) -> list[Work]:
         # Not `in group`: groups of agr_param_groups name `agr` for optimizers that have none.
         flags = agr_flags(group) if "agr" in self.defaults else [False] * len(group["params"])
@@ -153,17 +186,12 @@ class StepOptimizer(torch.optim.Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not take sparse gradients, but one of layout {grad.layout} and shape "
-                    f"{tuple(grad.shape)} was given; make the embedding with sparse=False"
-                )
             state = self.state[param]
-            first = "step" not in state
-            if first:
+            made = "step" not in state
+            if made:
                 self._init_state(param, group, state)
             work = Work(param, reduced(grad, param), group)
-            work.first = first
+            work.first = made or (not group["capturable"] and not state["step"])
             state["step"] += 1
             # float64: 1 - 0.999^t loses four digits in float32.
             work.step = state["step"].double() if group["capturable"] else state["step"].item()
@@ -193,6 +221,9 @@ class StepOptimizer(torch.optim.Optimizer):
         locals_: dict[str, Tensor] = {}
         for key in self.state_keys:
             tensor = local(state[key])
+            if tensor.dtype != (dtype := torch.promote_types(param.dtype, torch.float32)):
+                state[key] = state[key].to(dtype)  # the model's precision changed in mid-run
+                tensor = local(state[key])
             if layout.view(tensor) is None:
                 # Loaded from a file that keeps no strides, or the model changed its memory format since.
                 tensor = layout.relaid(tensor)
@@ -208,7 +239,7 @@ class StepOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "defaults" in state:  # unpickled or copied; load_state_dict looks after its own groups
-            self._matrices = [_count_matrices(group) for group in self.param_groups]
+            self._made_with = [_shape_of(group) for group in self.param_groups]
             for group in self.param_groups:
                 _complete(group, self.defaults, self.state)
 
@@ -255,13 +286,24 @@ class StepOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         if any(group.get("amsgrad") for group in given["param_groups"]):
             raise ValueError(f"this state was saved with amsgrad=True, which {name} does not have; start it afresh")
-        for i, state in given["state"].items():
-            missing = [key for key in self.state_keys if key not in state]
-            if state and missing:
+        if any(len(group.get("betas", ())) != self.betas_count for group in given["param_groups"]):
+            raise ValueError(
+                f"this state was saved by another optimizer: {name} has {self.betas_count} betas; start {name} afresh"
+            )
+        ids = [i for group in given["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        needed = ("step", *self.state_keys, *self.required_state)
+        known = {*needed, *self.scalar_state, *HARMLESS_STATE}
+        for i, param in zip(ids, params, strict=False):  # torch refuses other lengths, in its own words
+            state = given["state"].get(i)
+            if not state:
+                continue
+            if not set(needed) <= set(state) <= known:
                 raise ValueError(
-                    f"this state was saved by another optimizer: {name} needs {', '.join(self.state_keys)} for each "
-                    f"parameter, but that of parameter {i} holds {', '.join(map(str, state))}; start {name} afresh"
+                    f"this state was saved by another optimizer: {name} needs {', '.join(needed)} for each parameter, but "
+                    f"that of parameter {i} holds {', '.join(map(str, state))}; start {name} afresh"
                 )
+            self._check_shapes(param, state)
 
     def _restore(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Undo the rounding of torch's load_state_dict, which casts moments to the parameter's dtype."""
@@ -280,15 +322,18 @@ class StepOptimizer(torch.optim.Optimizer):
         state["step"] = step.to(device if group["capturable"] else "cpu", copy=True)
 
 
-def _count_matrices(group: dict[str, Any]) -> int:
-    return sum(param.ndim > 1 for param in group["params"])
+def _shape_of(group: dict[str, Any]) -> tuple[int, set[int]]:
+    params = group["params"]
+    return sum(param.ndim > 1 for param in params), {id(param) for param in params if param.ndim < 2}
 
 
 def _complete(group: dict[str, Any], values: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Give a group that was saved before an option existed, or by another optimizer, the values it lacks."""
-    if "agr_step" in values and "agr_step" not in group:
-        # A run that began without AGR has made these steps all the same.
+    if "agr_step" in values:
+        # Steps made without AGR, by torch's optimizer before or in between, are steps of the run all the same.
         steps = [float(state[param]["step"]) for param in group["params"] if state.get(param)]
-        group["agr_step"] = int(max(steps, default=0))
+        group["agr_step"] = int(
+            max(steps, default=0.0) if "agr_step" not in group else max(group["agr_step"], *steps, 0)
+        )
     for key, value in values.items():
         group.setdefault(key, value)

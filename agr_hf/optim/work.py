@@ -56,8 +56,8 @@ class Work:
         self.psi = False  # AGR applies to this tensor in this step
         self.needs_norm = False
         self.coupled = False  # weight decay is part of the gradient
-        self.norm = torch.zeros(())  # l1 norm of the whole effective gradient, once reduced
-        self.square = torch.zeros(())  # sum of squares of the whole raw gradient, likewise
+        self.norm = torch.zeros((), device="cpu")  # l1 norm of the whole effective gradient, once reduced
+        self.square = torch.zeros((), device="cpu")  # sum of squares of the whole raw gradient, likewise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +117,7 @@ class Batch:
         if isinstance(lr, Tensor):
             if lr.is_cpu and not self.group["capturable"]:
                 return lr.item()
-            return lr.to(self.params[0].device, torch.float64)  # 1 - lr * weight_decay needs the digits
+            return lr.reshape(()).to(self.params[0].device, torch.float64)  # 1 - lr * weight_decay needs the digits
         return float(lr)
 
 

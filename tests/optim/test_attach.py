@@ -133,3 +133,12 @@ def test_what_cannot_take_it_is_refused():
         attach_agr(torch.optim.SGD(params), steps=-1)
     with pytest.raises(ValueError, match="min_ndim=None"):
         attach_agr(torch.optim.SGD(params), min_ndim=None)
+
+
+def test_attaching_twice_is_refused_and_again_after_removal_is_not():
+    optimizer = torch.optim.SGD(as_parameters(initial()[:1]), lr=0.1)
+    handle = attach_agr(optimizer)
+    with pytest.raises(RuntimeError, match="attached to this SGD already"):
+        attach_agr(optimizer)
+    handle.remove()
+    attach_agr(optimizer)

@@ -100,11 +100,36 @@ def test_a_layer_unfrozen_later_trains():
         assert torch.equal(model[0].weight, before) != unfrozen
 
 
+def test_biases_and_magnitudes_by_other_names_are_left_alone():
+    model = nn.Module()
+    model.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    model.old = torch.nn.utils.weight_norm(nn.Linear(3, 3, bias=False))
+    model.new = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=False))
+    model.spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3, bias=False))
+    regularized, undecayed = names_by_group(model, agr_param_groups(model))
+    assert regularized[0] == {
+        "attention.in_proj_weight", "attention.out_proj.weight", "old.weight_v",
+        "new.parametrizations.weight.original1", "spectral.parametrizations.weight.original",
+    }  # fmt: skip
+    assert {
+        "attention.bias_k",
+        "attention.bias_v",
+        "old.weight_g",
+        "new.parametrizations.weight.original0",
+    } <= undecayed[0]
+
+
+def test_agr_false_wins_over_layer_types():
+    groups = create_optimizer("agr_adamw", nn.Linear(3, 4), agr=False).param_groups
+    assert [group["agr"] for group in groups] == [False, False]
+
+
 def test_bad_models_and_decays_are_refused():
     with pytest.raises(ValueError, match="ReLU has no floating-point parameters"):
         agr_param_groups(nn.ReLU())
-    with pytest.raises(ValueError, match="weight_decay=-1"):
-        agr_param_groups(nn.Linear(2, 2), weight_decay=-1)
+    for bad in (-1, "0.1", None, float("inf")):
+        with pytest.raises(ValueError, match="weight_decay="):
+            agr_param_groups(nn.Linear(2, 2), weight_decay=bad)
 
 
 def test_the_names_are_those_of_the_design():

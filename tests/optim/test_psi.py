@@ -134,3 +134,8 @@ def test_bfloat16_result_of_a_large_tensor_equals_its_input():
     """What docs and README warn of: shares below bf16's precision vanish where Psi(g) itself is stored in bf16."""
     g = torch.randn(100, 100).bfloat16()
     assert torch.equal(agr(g), g)
+
+
+def test_one_tensor_in_the_place_of_a_list_is_refused():
+    with pytest.raises(TypeError, match=r"l1_norms\(\[grad\]\)"):
+        l1_norms(torch.ones(3, 3))

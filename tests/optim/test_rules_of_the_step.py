@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import OURS, WITH_AGR, as_parameters, gradients, initial, run_optimizer
 
+from agr_hf import AGRAdamW, agr
 from agr_hf.optim.registry import OPTIMIZERS
 
 every_optimizer = pytest.mark.parametrize("name", OURS)
@@ -330,3 +331,104 @@ def test_a_groups_agr_may_be_told_for_each_parameter(name):
     assert all(torch.equal(p, q) for p, q in zip(one, split, strict=True))
     with pytest.raises(ValueError, match="agr="):
         make(name, [{"params": one, "agr": [True]}])
+
+
+@every_optimizer
+def test_a_refused_step_does_not_count(name):
+    weight, embedding = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Embedding(4, 5, sparse=True)
+    weight.grad = torch.ones(2, 2)
+    embedding(torch.tensor([1])).sum().backward()
+    optimizer = make(name, [weight, embedding.weight])
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    embedding.weight.grad = None
+    optimizer.step()
+    alone = torch.nn.Parameter(torch.zeros(2, 2))
+    alone.grad = torch.ones(2, 2)
+    make(name, [alone]).step()
+    assert torch.equal(weight, alone)
+    assert optimizer.state[weight]["step"] == 1
+
+
+@pytest.mark.parametrize("beta1", [1e-8, 1e-4, 0.05, 0.2])
+def test_small_beta1_keeps_psi(beta1):
+    """What the fused kernel would round away at small beta1 is computed without it."""
+    grad = torch.tensor([[3.0, 1.0], [1.0, 1.0]])
+    param, optimizer = one_step("agr_adamw", grad, betas=(beta1, 0.999))
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], (1 - beta1) * agr(grad), rtol=1e-5, atol=0)
+
+
+@every_optimizer
+def test_the_step_compiles(name):
+    params, others = as_parameters(initial()[2:4], torch.float32), as_parameters(initial()[2:4], torch.float32)
+    steps = [grads[2:4] for grads in gradients(3)]
+    optimizer = make(name, params)
+    optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+    run_optimizer(optimizer, params, steps)
+    run_optimizer(make(name, others), others, steps)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_that_the_user_edits_go_on():
+    a, b = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    a.grad, b.grad = torch.ones(2, 2), torch.ones(2, 2)
+    optimizer = AGRAdamW([{"params": [a]}, {"params": [b]}])
+    optimizer.param_groups.pop()
+    optimizer.step()
+    linear = torch.nn.Linear(3, 3)
+    optimizer = AGRAdamW(linear.parameters())
+    optimizer.param_groups[0]["params"] = [linear.bias]
+    linear.bias.grad = torch.ones(3)
+    optimizer.step()
+    flagged = AGRAdamW([{"params": [a], "agr": [True]}])
+    flagged.param_groups[0]["params"].append(b)
+    with pytest.raises(ValueError, match="has 2 parameters and an `agr` for 1"):
+        flagged.step()
+
+
+@every_optimizer
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_learning_rate_of_one_element_may_have_dimensions(name, capturable):
+    params, others = as_parameters(initial()), as_parameters(initial())
+    options = {"capturable": capturable, "weight_decay": 0.1}
+    run_optimizer(make(name, params, lr=torch.tensor([[1e-2]]), **options), params, gradients(2))
+    run_optimizer(make(name, others, lr=torch.tensor(1e-2), **options), others, gradients(2))
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    ("before", "after"), [("float32", "float64"), ("float64", "bfloat16"), ("float32", "bfloat16")]
+)
+def test_a_model_may_change_its_precision_in_mid_run(name, before, after):
+    before, after = getattr(torch, before), getattr(torch, after)
+    model = torch.nn.Linear(4, 3).to(before)
+    optimizer = make(name, model.parameters())
+    for dtype in (before, after):
+        model.to(dtype)
+        model.zero_grad()
+        model(torch.randn(5, 4, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    state = optimizer.state[model.weight]
+    assert state["step"] == 2
+    assert state["exp_avg"].dtype == torch.promote_types(after, torch.float32)
+    assert model.weight.isfinite().all()
+
+
+@every_optimizer
+def test_the_default_device_is_no_business_of_the_step(name):
+    params = as_parameters(initial(), torch.float32)
+    optimizer = make(name, params, max_grad_norm=1.0)
+    for grads in gradients(2):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.float()
+        with torch.device("meta"):
+            optimizer.step()
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str)
+def test_fused_is_refused_where_it_would_not_be_used(options):
+    with pytest.raises(ValueError, match="fused=True"):
+        AGRAdamW(as_parameters(initial()), fused=True, **options)

@@ -129,6 +129,29 @@ def check_fsdp2():
         torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("check", [check_norms_and_psi, check_steps, check_attached, check_fsdp2])
+def check_meshes_of_other_ranks():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    params = []
+    for ranks in ([0], [1]):
+        mesh = DeviceMesh("cpu", ranks)
+        param = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        param.grad = distribute_tensor(torch.arange(12.0).view(4, 3), mesh, [Shard(0)])
+        params.append(param)
+    optimizer = OPTIMIZERS["agr_adamw"].cls(params, lr=1e-2)
+    optimizer.step()
+    mine = params[dist.get_rank()].to_local()
+    alone = torch.nn.Parameter(torch.ones(4, 3))
+    alone.grad = torch.arange(12.0).view(4, 3)
+    OPTIMIZERS["agr_adamw"].cls([alone], lr=1e-2).step()
+    assert torch.equal(mine, alone)
+    with pytest.raises(RuntimeError, match="not part of"):
+        OPTIMIZERS["agr_adamw"].cls(params, max_grad_norm=1.0).step()
+
+
+@pytest.mark.parametrize(
+    "check", [check_meshes_of_other_ranks, check_norms_and_psi, check_steps, check_attached, check_fsdp2]
+)
 def test_sharded_equals_whole(check, tmp_path):
     spawn(check, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import OURS, WITH_AGR, as_parameters, gradients, initial, run_optimizer
 
-from agr_hf import AdaL, AGRAdam, AGRAdamW, AGRAdan
+from agr_hf import ACProp, AdaL, Adan, AGRAdam, AGRAdamW, AGRAdan, NosAdam
 from agr_hf.optim.registry import OPTIMIZERS
 
 every_optimizer = pytest.mark.parametrize("name", OURS)
@@ -158,14 +158,22 @@ def test_load_hooks_of_users_are_heard():
 
 @pytest.mark.parametrize(
     ("saved", "loading"),
-    [(torch.optim.SGD, AGRAdamW), (torch.optim.AdamW, AGRAdan), (torch.optim.RMSprop, AdaL)],
+    [
+        (torch.optim.SGD, AGRAdamW),
+        (torch.optim.AdamW, AGRAdan),
+        (torch.optim.AdamW, ACProp),
+        (torch.optim.RMSprop, AdaL),
+        (Adan, AGRAdamW),  # its keys are all there, its betas are three
+        (AGRAdamW, NosAdam),
+        (NosAdam, AGRAdam),
+    ],
 )
 def test_a_state_of_another_kind_is_refused_before_anything_changes(saved, loading):
     params = as_parameters(initial(), torch.float32)
     foreign = saved(params, lr=1e-2, **({"momentum": 0.9} if saved is torch.optim.SGD else {}))
     run_optimizer(foreign, params, gradients(1))
     optimizer = loading(params)
-    with pytest.raises(ValueError, match="saved by another optimizer.*needs exp_avg"):
+    with pytest.raises(ValueError, match="saved by another optimizer"):
         optimizer.load_state_dict(foreign.state_dict())
     assert not optimizer.state
     optimizer.step()
@@ -189,3 +197,63 @@ def test_keys_of_the_user_and_of_schedulers_survive():
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert (other.param_groups[0]["name"], other.param_groups[0]["initial_lr"]) == ("everything", 1.0)
     assert other.param_groups[0]["lr"] == 0.5
+
+
+def test_a_state_of_other_shapes_is_refused_by_both_shapes():
+    """The fused kernel trusts lengths: unchecked, this was a segmentation fault."""
+    small, large = (torch.nn.Parameter(torch.zeros(n)) for n in (8, 200_000))
+    small.grad, large.grad = torch.ones(8), torch.ones(200_000)
+    saved, optimizer = AGRAdamW([small]), AGRAdamW([large])
+    saved.step()
+    with pytest.raises(ValueError, match=r"exp_avg has the shape \(8,\) and its parameter \(200000,\)"):
+        optimizer.load_state_dict(saved.state_dict())
+    optimizer.step()
+
+
+@every_optimizer
+def test_a_parameter_that_grows_in_mid_run_is_refused_before_the_step(name):
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    param.grad = torch.ones(2, 2)
+    optimizer = OPTIMIZERS[name].cls([param])
+    optimizer.step()
+    param.data = torch.zeros(300, 300)
+    param.grad = torch.ones(300, 300)
+    with pytest.raises(ValueError, match=r"exp_avg has the shape \(2, 2\) and its parameter \(300, 300\)"):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
+def test_a_file_with_the_step_elsewhere_is_refused():
+    params = as_parameters(initial(), torch.float32)
+    optimizer = AGRAdamW(params)
+    run_optimizer(optimizer, params, gradients(1))
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        del entry["step"]
+    with pytest.raises(ValueError, match="needs step, exp_avg"):
+        AGRAdamW(params).load_state_dict(state)
+
+
+def test_adan_and_agr_adan_take_each_others_state():
+    for saved, loading in ((Adan, AGRAdan), (AGRAdan, Adan)):
+        params = as_parameters(initial(), torch.float32)
+        optimizer = saved(params)
+        run_optimizer(optimizer, params, gradients(2))
+        clones, resumed = continued(loading, params, optimizer.state_dict(), list(gradients(2)))
+        assert resumed.state[clones[0]]["step"] == 4
+
+
+def test_steps_made_by_torch_in_between_count_for_the_suspension():
+    params = as_parameters(initial(), torch.float32)
+    ours, torchs, again = AGRAdamW(params), torch.optim.AdamW(params), AGRAdamW(params)
+    run_optimizer(ours, params, gradients(2))
+    torchs.load_state_dict(ours.state_dict())
+    run_optimizer(torchs, params, gradients(3))
+    again.load_state_dict(torchs.state_dict())
+    assert again.param_groups[0]["agr_step"] == 5
+
+
+def test_numbers_of_numpy_load_with_weights_only():
+    numpy = pytest.importorskip("numpy")
+    optimizer = AGRAdamW(as_parameters(initial()), lr=numpy.float64(0.1), betas=(numpy.float32(0.5), 0.9))
+    assert through_a_file(optimizer.state_dict())["param_groups"][0]["lr"] == 0.1

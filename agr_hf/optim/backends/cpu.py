@@ -8,6 +8,7 @@ from torch import Tensor
 BLOCK = 262_144
 
 
+@torch._disable_dynamo  # torch.compile cannot trace the kernel into its graph
 def fused_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
