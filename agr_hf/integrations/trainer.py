@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Names that Trainer has given to torch's optimizers itself; its sgd has no momentum.
+TRAINERS_OWN = ("rmsprop", "sgd")
 # What optim_args may hold besides the optimizer's own options; three betas do not fit adam_beta1 and adam_beta2.
 BETAS = ("beta1", "beta2", "beta3")
 # Arguments of the optimizers that TrainingArguments has fields for.
@@ -29,9 +31,9 @@ FIELDS = {"params", "lr", "betas", "eps", "weight_decay"}
 
 
 def register() -> None:
-    """Add the package's names to Trainer; see `agr_hf.register`."""
+    """Add the package's names to Trainer, and those of torch's that are free there; see `agr_hf.register`."""
     for info in OPTIMIZERS.values():
-        if info.ours:
+        if info.name not in TRAINERS_OWN:
             private.add_trainer_optimizer(info.name, _handler(info))
 
 

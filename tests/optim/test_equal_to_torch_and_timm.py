@@ -1,5 +1,8 @@
 """With AGR off the optimizers are torch's Adam and AdamW and timm's Adan: which of them to the bit is said here."""
 
+import inspect
+import sys
+
 import pytest
 import torch
 from oracle import as_parameters, gradients, initial, run_optimizer
@@ -43,10 +46,14 @@ def test_agr_adam_without_agr_is_torch_adam_to_the_bit():
 @pytest.mark.parametrize(("ours", "options"), [(Adan, {}), (AGRAdan, {"agr": False})])
 @pytest.mark.parametrize("proximal", [True, False])
 def test_adan_is_timm_adan_to_the_bit(ours, options, proximal):
+    """Older timm (1.0.20) updates its mean with mul and add, not lerp: one rounding more in a step, 1e-5 in 50."""
     timm = pytest.importorskip("timm.optim", reason="timm is missing: pip install 'agr-hf[train]'")
     params = trained(ours, weight_decay=0.1, proximal=proximal, **options)
     timms = trained(timm.Adan, weight_decay=0.1, no_prox=not proximal, foreach=False, betas=(0.98, 0.92, 0.99))
-    assert_same_bits(params, timms)
+    if "lerp_(grad" in inspect.getsource(sys.modules[timm.Adan.__module__]):
+        assert_same_bits(params, timms)
+    for p, q in zip(params, timms, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
 def test_clipping_inside_the_step_is_clip_grad_norm_before_it():

@@ -1,0 +1,306 @@
+"""Image classification data: one loader for Hub datasets, parquet files, folders of images, and what comes with packages."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from agr_hf.tasks.digits import load_digits
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where a data set is and what is in it.
+
+    Attributes:
+        hub_id, revision: on the Hub, pinned: the data of a published number must not move.
+        splits: names of the splits for training and testing.
+        label: column of the label; images are in `image` or `img`.
+        size, channels, classes: of the images.
+        mean, std: of the training images' channels, from 0 to 1.
+    """
+
+    hub_id: str
+    revision: str
+    splits: tuple[str, str]
+    label: str
+    size: int
+    channels: int
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# Means and deviations as the field uses them for these sets.
+SOURCES: dict[str, ImageSource] = {
+    "cifar10": ImageSource(
+        "uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", ("train", "test"), "label", 32, 3, 10,
+        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": ImageSource(
+        "uoft-cs/cifar100", "aadb3af77e9048adbea6b47c21a81e47dd092ae5", ("train", "test"), "fine_label", 32, 3, 100,
+        (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762),
+    ),
+    # The validation set is the test set, as in the AGR paper (section 5.1): labels of the test set were never given out.
+    "tiny-imagenet": ImageSource(
+        "zh-plus/tiny-imagenet", "5a77092c28e51558c5586e9c5eb71a7e17a5e43f", ("train", "valid"), "label", 64, 3, 200,
+        (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821),
+    ),
+    "fashion-mnist": ImageSource(
+        "zalando-datasets/fashion_mnist", "531be5e2ccc9dba0c201ad3ae567a4f3d16ecdd2", ("train", "test"), "label", 28, 1, 10,
+        (0.2860,), (0.3530,),
+    ),
+    "mnist": ImageSource(
+        "ylecun/mnist", "77f3279092a1c1579b2250db8eafed0ad422088c", ("train", "test"), "label", 28, 1, 10,
+        (0.1307,), (0.3081,),
+    ),
+}  # fmt: skip
+AUGMENTATIONS = ("none", "flip-crop", "rand-augment")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Two data sets for Trainer, and what a model and its preprocessing must know of them."""
+
+    train: Dataset[dict[str, Any]]
+    test: Dataset[dict[str, Any]]
+    size: int
+    channels: int
+    labels: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ImageRows(Dataset[dict[str, Any]]):
+    """Images kept as bytes (uint8, channels x height x width), turned into float32 pixel values when they are asked for."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.transform(self.images[index]), "labels": self.labels[index]}
+
+
+def load_images(
+    name: str,
+    train_file: str | None = None,
+    test_file: str | None = None,
+    augmentation: str = "none",
+    max_train: int | None = None,
+    max_test: int | None = None,
+) -> ImageData:
+    """Load a data set by name, from files, or from a folder.
+
+    Args:
+        name: a key of `SOURCES`, "digits" (scikit-learn's, no network), a folder with `train` and `test` (or `validation`)
+            subfolders of one folder a class, or any Hub id. With files, the set that they are of.
+        train_file, test_file: parquet files with columns `image` (or `img`) and `label`, in the place of the Hub.
+        augmentation: of the training images: "none", "flip-crop" (random horizontal flip, crop from 4 pixels of padding,
+            the standard for CIFAR), or "rand-augment" (flip-crop, then RandAugment).
+        max_train, max_test: at most so many images, the first ones.
+
+    Returns:
+        The data. Images that cannot be decoded are left out, and named in a warning.
+
+    Raises:
+        ValueError: the data cannot be had, or a label is out of range; the message says what to pass.
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation={augmentation!r} is not allowed; it must be one of {', '.join(AUGMENTATIONS)}")
+    if (train_file is None) != (test_file is None):
+        raise ValueError("train_file and test_file go together: one of them was given")
+    if name == "digits" and train_file is None:
+        return _digits(augmentation, max_train, max_test)
+    source = SOURCES.get(name)
+    train_rows, test_rows = _rows(name, source, train_file, test_file)
+    if max_train is not None:
+        train_rows = train_rows.select(range(min(max_train, len(train_rows))))
+    if max_test is not None:
+        test_rows = test_rows.select(range(min(max_test, len(test_rows))))
+    size = source.size if source else 224
+    channels = source.channels if source else 3
+    train = _decoded(train_rows, source, size, channels, "train")
+    test = _decoded(test_rows, source, size, channels, "test")
+    names = _label_names(train_rows, source, train[1])
+    for what, (_, labels) in (("train", train), ("test", test)):
+        if len(labels) == 0:
+            raise ValueError(f"the {what} set of {name!r} has no image that can be read")
+        if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+            raise ValueError(
+                f"the {what} set of {name!r} has labels from {int(labels.min())} to {int(labels.max())}, but "
+                f"{len(names)} classes; labels must count from 0"
+            )
+    mean = source.mean if source else (0.485, 0.456, 0.406)
+    std = source.std if source else (0.229, 0.224, 0.225)
+    return _image_data(train, test, size, channels, names, mean, std, augmentation)
+
+
+def _digits(augmentation: str, max_train: int | None, max_test: int | None) -> ImageData:
+    splits = load_digits()
+    images = {n: ((s.pixel_values + 1) * 127.5).round().to(torch.uint8) for n, s in splits.items()}
+    train = images["train"][:max_train], splits["train"].labels[:max_train]
+    test = images["test"][:max_test], splits["test"].labels[:max_test]
+    return _image_data(train, test, 8, 1, [str(i) for i in range(10)], (0.3053,), (0.3761,), augmentation)
+
+
+def _image_data(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    size: int,
+    channels: int,
+    names: list[str],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augmentation: str,
+) -> ImageData:
+    return ImageData(
+        ImageRows(*train, transform_of(size, mean, std, augmentation)),
+        ImageRows(*test, transform_of(size, mean, std, "none")),
+        size,
+        channels,
+        names,
+        mean,
+        std,
+    )
+
+
+def transform_of(
+    size: int, mean: Sequence[float], std: Sequence[float], augmentation: str
+) -> Callable[[Tensor], Tensor]:
+    """uint8 image (channels, size, size) to float32 pixel values; random parts draw from torch's global state."""
+    from torchvision.transforms import v2
+
+    steps: list[Any] = []
+    if augmentation != "none":
+        steps += [v2.RandomCrop(size, padding=max(1, size // 8)), v2.RandomHorizontalFlip()]
+    if augmentation == "rand-augment":
+        steps.append(v2.RandAugment())
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    compose: Callable[[Tensor], Tensor] = v2.Compose(steps)
+    return compose
+
+
+def _rows(name: str, source: ImageSource | None, train_file: str | None, test_file: str | None) -> tuple[Any, Any]:
+    import datasets
+
+    try:
+        if train_file is not None and test_file is not None:
+            files = {"train": train_file, "test": test_file}
+            return tuple(
+                datasets.load_dataset("parquet", data_files=files[s], split="train") for s in ("train", "test")
+            )
+        if Path(name).is_dir():
+            loaded = datasets.load_dataset("imagefolder", data_dir=name)
+        elif source:
+            loaded = datasets.load_dataset(source.hub_id, revision=source.revision)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:
+        where = f"the Hub ({source.hub_id})" if source else "a folder or the Hub"
+        raise ValueError(
+            f"the data set {name!r} cannot be had from {where}: {str(error).splitlines()[0]}. Without a network, pass "
+            "train_file and test_file (parquet files with image and label), a folder with train and test in it, or "
+            "'digits'"
+        ) from error
+    splits = (
+        source.splits
+        if source
+        else ("train", next((s for s in ("test", "validation", "valid") if s in loaded), "test"))
+    )
+    missing = [split for split in splits if split not in loaded]
+    if missing:
+        raise ValueError(f"the data set {name!r} has the splits {', '.join(loaded)}; {', '.join(missing)} is needed")
+    return loaded[splits[0]], loaded[splits[1]]
+
+
+def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, what: str) -> tuple[Tensor, Tensor]:
+    """All images as one uint8 tensor (n, channels, size, size), and their labels; unreadable ones left out, and named."""
+    import datasets
+    import numpy
+    from PIL import Image
+
+    image_column = next((column for column in ("image", "img") if column in rows.column_names), None)
+    wanted = [source.label] if source else []
+    label_column = next((c for c in [*wanted, "label", "labels", "fine_label"] if c in rows.column_names), None)
+    if image_column is None or label_column is None:
+        raise ValueError(f"the {what} set has the columns {', '.join(rows.column_names)}; needed are image and label")
+    if isinstance(rows.features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    images, labels, broken = [], [], []
+    for i, row in enumerate(rows):
+        value = row[image_column]
+        try:
+            content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+            with Image.open(io.BytesIO(content)) as file:
+                picture = file.convert("L" if channels == 1 else "RGB")
+                if picture.size != (size, size):
+                    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+                array = numpy.asarray(picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            broken.append(f"row {i} ({type(error).__name__})")
+            continue
+        images.append(torch.from_numpy(array.copy()).reshape(size, size, channels).permute(2, 0, 1))
+        labels.append(row[label_column])
+    if broken:
+        logger.warning(
+            "%d of %d images of the %s set cannot be read and are left out: %s",
+            len(broken),
+            len(rows),
+            what,
+            ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else ""),
+        )
+    stacked = torch.stack(images).contiguous() if images else torch.empty(0, channels, size, size, dtype=torch.uint8)
+    return stacked, torch.tensor(labels, dtype=torch.int64)
+
+
+def _label_names(rows: Any, source: ImageSource | None, labels: Tensor) -> list[str]:
+    import datasets
+
+    column = next(
+        (c for c in ([source.label] if source else []) + ["label", "labels", "fine_label"] if c in rows.features), ""
+    )
+    feature = rows.features.get(column)
+    if isinstance(feature, datasets.ClassLabel) and (source is None or feature.num_classes == source.classes):
+        return list(feature.names)
+    if source:
+        found = len(Counter(labels.tolist()))
+        if found != source.classes:
+            logger.warning("%d of the %d classes of this data set have training images", found, source.classes)
+        return [str(i) for i in range(source.classes)]
+    return [str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0)]
+
+
+def top_k_accuracy(scores: Any, labels: Any, k: int) -> float:
+    """Fraction of rows whose label is among the k largest scores; scores (n, classes), labels (n,), numpy arrays.
+
+    Ties go to the lower class index, as torch's topk on the CPU resolves them.
+    """
+    import numpy
+
+    order = numpy.argsort(-numpy.asarray(scores), axis=1, kind="stable")[:, :k]
+    return float((order == numpy.asarray(labels)[:, None]).any(axis=1).mean())
+
+
+def classification_metrics(prediction: Any) -> Mapping[str, float]:
+    """For Trainer's `compute_metrics`: top-1 and, with more than five classes, top-5 accuracy, from 0 to 1."""
+    scores, labels = prediction.predictions, prediction.label_ids
+    metrics = {"accuracy": top_k_accuracy(scores, labels, 1)}
+    if scores.shape[1] > 5:
+        metrics["top5_accuracy"] = top_k_accuracy(scores, labels, 5)
+    return metrics

@@ -1,0 +1,125 @@
+"""Train an image classifier with any of the package's optimizers, through Trainer.
+
+    python training_scripts/train_image_classifier.py --model_name vit-tiny --output_dir runs/digits
+    python training_scripts/train_image_classifier.py --recipe agr-cifar100 --output_dir runs/cifar100
+    torchrun --nproc_per_node 2 training_scripts/train_image_classifier.py --recipe adal-cifar10 --output_dir runs/adal
+
+`--optim` takes agr_hf.list_optimizers() and Trainer's own names. The default data need no network.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+import agr_hf
+from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
+from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
+from agr_hf.optim.registry import optimizer_info
+from agr_hf.tasks.classifiers import classifier, parameter_count
+from agr_hf.tasks.images import classification_metrics, load_images
+from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
+from agr_hf.tasks.runs import epochs_of, write_results
+
+logger = logging.getLogger("train_image_classifier")
+
+
+@dataclass
+class ModelArguments:
+    model_name: str = field(default="vit-tiny", metadata={"help": "resnet18, vit-tiny, swin-t, ... or any timm name"})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = field(default="digits", metadata={"help": "digits, cifar10, cifar100, tiny-imagenet, "
+                              "fashion-mnist, mnist, a folder of images, or a Hub id"})  # fmt: skip
+    train_file: str | None = field(default=None, metadata={"help": "parquet file in the place of the Hub"})
+    test_file: str | None = field(default=None, metadata={"help": "parquet file in the place of the Hub"})
+    augmentation: str = field(default="none", metadata={"help": "none, flip-crop or rand-augment"})
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+
+@dataclass
+class RunArguments:
+    recipe: str | None = field(default=None, metadata={"help": f"defaults of a paper: {', '.join(IMAGE_RECIPES)}"})
+    lr_milestones: list[int] | None = field(default=None, metadata={"help": "epochs at which the rate is multiplied"})
+    lr_gamma: float = field(default=0.1, metadata={"help": "by this"})
+    suspend_agr_at_epoch: float | None = None
+    gradient_statistics_every: int | None = None
+
+
+def parse_args(argv=None):
+    agr_hf.register()
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments, TrainingArguments))
+    parser.set_defaults(eval_strategy="epoch", logging_strategy="epoch", save_strategy="no", report_to="none")
+    apply_recipe(parser, IMAGE_RECIPES, argv)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def main(argv=None):
+    model_args, data_args, run_args, args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    set_seed(args.seed)
+
+    data = load_images(data_args.dataset_name, data_args.train_file, data_args.test_file, data_args.augmentation,
+                       data_args.max_train_samples, data_args.max_eval_samples)  # fmt: skip
+    model = classifier(model_args.model_name, data.size, data.channels, data.labels, data.mean, data.std)
+    logger.info("%s: %s parameters", model_args.model_name, f"{parameter_count(model):,}")
+
+    callbacks = [GradientScaleCheck()]
+    if run_args.suspend_agr_at_epoch is not None:
+        callbacks.append(SuspendAGR(at_epoch=run_args.suspend_agr_at_epoch))
+    trainer = Trainer(model, args, train_dataset=data.train, eval_dataset=data.test,
+                      compute_metrics=classification_metrics, callbacks=callbacks,
+                      **optimizer_of(model, args, run_args, len(data.train)))  # fmt: skip
+    if run_args.gradient_statistics_every is not None:
+        GradientStatistics(every=run_args.gradient_statistics_every).attach(trainer)
+
+    outcome = train(trainer, args.resume_from_checkpoint)
+    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
+
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
+        write_results(
+            args.output_dir,
+            task="image-classification",
+            optimizer=str(args.optim.value),
+            seed=args.seed,
+            config={**config, "parameters": parameter_count(model)},
+            epochs=epochs_of(trainer.state.log_history),
+            metrics=metrics,
+            seconds=outcome.metrics["train_runtime"],
+        )
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset=data_args.dataset_name, finetuned_from=None, tasks="image-classification")
+    return metrics
+
+
+def optimizer_of(model, args, run_args, examples):
+    """Arguments for Trainer: an optimizer by name; with milestones, its schedule too, which Trainer has no name for."""
+    name = str(args.optim.value)
+    if name not in agr_hf.list_optimizers():
+        if run_args.lr_milestones:
+            raise ValueError(
+                f"lr_milestones need an optimizer of agr_hf.list_optimizers(), but optim={name!r} was given"
+            )
+        return {}
+    factory, kwargs = trainer_optimizer(name, args, **parse_optim_args(optimizer_info(name), args.optim_args))
+    if not run_args.lr_milestones:
+        return {"optimizer_cls_and_kwargs": (factory, kwargs)}
+    optimizer = OptimizerFactory()(model, **kwargs)
+    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = -(-examples // batch)
+    # LambdaLR, as the AGR paper says.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: run_args.lr_gamma ** sum(step >= m * steps_per_epoch for m in run_args.lr_milestones)
+    )
+    return {"optimizers": (optimizer, schedule)}
+
+
+if __name__ == "__main__":
+    main()
