@@ -95,13 +95,16 @@ def commit() -> str | None:
 
 
 def epochs_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Trainer's log as one mapping for each epoch: the mean training loss since the last, and what evaluation found."""
+    """Trainer's log as one mapping for each epoch: the mean training loss since the last, and what evaluation found.
+
+    A second evaluation at the same step is left out.
+    """
     epochs: list[dict[str, Any]] = []
     losses: list[float] = []
     for entry in log_history:
         if "loss" in entry:
             losses.append(entry["loss"])
-        if any(key.startswith("eval_") for key in entry):
+        if any(key.startswith("eval_") for key in entry) and not (epochs and epochs[-1]["step"] == entry["step"]):
             found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
             loss = sum(losses) / len(losses) if losses else None
             epochs.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": loss, **found})

@@ -1,0 +1,74 @@
+"""Two functions to minimize, as AdaL's paper does (section 3.1) after jettify/pytorch-optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.registry import create_optimizer
+
+
+@dataclass(frozen=True)
+class TestFunction:
+    """A function of a point (2,), float64, with the start and the minimum of the experiment.
+
+    Attributes:
+        extent: of the plot, (left, right, bottom, top).
+        logarithmic: whether contours are of the logarithm.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    start: tuple[float, float]
+    minimum: tuple[float, float]
+    extent: tuple[float, float, float, float]
+    logarithmic: bool
+
+
+def rastrigin(point: Tensor) -> Tensor:
+    """2 A + sum(x^2 - A cos(2 pi x)) with A = 10: many local minima around the one at (0, 0). Points (..., 2)."""
+    return 20 + (point.square() - 10 * torch.cos(2 * torch.pi * point)).sum(-1)
+
+
+def rosenbrock(point: Tensor) -> Tensor:
+    """(1 - x)^2 + 100 (y - x^2)^2: one minimum at (1, 1) in a flat curved valley. Points (..., 2)."""
+    x, y = point.unbind(-1)
+    return (1 - x).square() + 100 * (y - x.square()).square()
+
+
+FUNCTIONS = {
+    "rastrigin": TestFunction("rastrigin", rastrigin, (-2.0, 3.5), (0.0, 0.0), (-4.5, 4.5, -4.5, 4.5), False),
+    "rosenbrock": TestFunction("rosenbrock", rosenbrock, (-2.0, 2.0), (1.0, 1.0), (-2.5, 2.0, -1.5, 3.0), True),
+}
+
+
+def trajectory(function: TestFunction, optimizer: str, lr: float, steps: int) -> Tensor:
+    """Points that an optimizer visits from the function's start; (steps + 1, 2), float64.
+
+    The gradient is clipped to norm 1 each step, as in the setup that the paper borrows. AGR applies to the point, though
+    it is a vector (`min_ndim=0`): with two elements Psi takes a large part of the gradient, and where one of them is
+    zero, all of it.
+
+    Raises:
+        ValueError: the optimizer is unknown, or the rate is negative.
+    """
+    point = torch.nn.Parameter(torch.tensor(function.start, dtype=torch.float64))
+    options = {"min_ndim": 0} if optimizer.startswith("agr_") else {}
+    made = create_optimizer(optimizer, [point], lr=lr, weight_decay=0.0, **options)
+    points = [point.detach().clone()]
+    for _ in range(steps):
+        made.zero_grad()
+        function.value(point).backward()
+        torch.nn.utils.clip_grad_norm_([point], 1.0)
+        made.step()
+        points.append(point.detach().clone())
+    return torch.stack(points)
+
+
+def squared_distance(function: TestFunction, points: Tensor) -> float:
+    """From the last point to the minimum; infinite where the run left the numbers."""
+    distance = (points[-1] - torch.tensor(function.minimum, dtype=torch.float64)).square().sum().item()
+    return distance if distance == distance else float("inf")

@@ -1,0 +1,75 @@
+"""AdaL's synthetic experiment."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from agr_hf import list_optimizers
+from agr_hf.tasks.functions import FUNCTIONS, rastrigin, rosenbrock, squared_distance, trajectory
+
+SCRIPT = Path(__file__).parents[2] / "training_scripts/minimize_functions.py"
+
+
+def test_values_are_those_of_the_definitions():
+    assert rastrigin(torch.zeros(2)) == 0
+    assert rastrigin(torch.tensor([1.0, 2.0])) == pytest.approx(5.0)  # cosines are 1 at whole numbers: x^2 + y^2
+    assert rastrigin(torch.tensor([0.5, 0.0])).item() == pytest.approx(0.25 + 20)
+    assert rosenbrock(torch.tensor([1.0, 1.0])) == 0
+    assert rosenbrock(torch.tensor([-2.0, 2.0])) == 9 + 100 * 4
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=lambda f: f.name)
+def test_minimum_and_start_are_where_they_are_said(function):
+    minimum = torch.tensor(function.minimum, dtype=torch.float64, requires_grad=True)
+    function.value(minimum).backward()
+    assert minimum.grad.abs().max() < 1e-12
+    assert torch.equal(trajectory(function, "adam", 0.1, 3)[0], torch.tensor(function.start, dtype=torch.float64))
+
+
+def test_a_clipped_step_of_sgd_is_a_step_along_the_gradient_of_length_lr():
+    points = trajectory(FUNCTIONS["rosenbrock"], "sgd", 0.25, 1)
+    assert (points[1] - points[0]).norm().item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_agr_acts_on_the_point_though_it_is_a_vector():
+    ways = [trajectory(FUNCTIONS["rastrigin"], name, 0.05, 20) for name in ("adam", "agr_adam")]
+    assert not torch.allclose(*ways)
+
+
+def test_a_run_that_leaves_the_numbers_is_infinitely_far():
+    assert squared_distance(FUNCTIONS["rosenbrock"], torch.tensor([[float("nan"), 0.0]])) == float("inf")
+
+
+def test_the_script_searches_draws_and_tables_every_optimizer(tmp_path, capsys):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    main(["--output_dir", str(tmp_path), "--trials", "8", "--search_steps", "25", "--steps", "30"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(r["function"], r["optimizer"]) for r in results["runs"]} == {
+        (f, o) for f in FUNCTIONS for o in list_optimizers()
+    }
+    nearer = 0
+    for run in results["runs"]:
+        function = FUNCTIONS[run["function"]]
+        start = squared_distance(function, torch.tensor([function.start], dtype=torch.float64)) ** 0.5
+        nearer += run["distance_searched"] < start
+        again = trajectory(function, run["optimizer"], run["lr"], 25)
+        assert squared_distance(function, again) ** 0.5 == pytest.approx(run["distance_searched"])
+    assert nearer >= 20  # of 24: eight trials are few, and Rosenbrock's valley leads away at first
+    for name in FUNCTIONS:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "| rosenbrock | agr_adamw |" in (tmp_path / "table.md").read_text()
+    assert "| rastrigin | adal |" in capsys.readouterr().out
+
+
+def test_the_search_finds_a_better_rate_with_more_trials(tmp_path):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    distances = []
+    for trials in (1, 40):
+        options = ["--optim", "adam", "--functions", "rosenbrock", "--trials", trials, "--steps", 100]
+        main(["--output_dir", str(tmp_path / str(trials)), *map(str, options)])
+        runs = json.loads((tmp_path / str(trials) / "results.json").read_text())["runs"]
+        distances.append(runs[0]["distance_searched"])
+    assert distances[1] < distances[0]

@@ -1,0 +1,127 @@
+"""The script, end to end on real images that need no network."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agr_hf import list_optimizers
+from agr_hf.tasks.images import load_images
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "training_scripts/train_image_classifier.py"
+QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--per_device_train_batch_size", "32"]
+
+
+def run(folder, *options):
+    return runpy.run_path(str(SCRIPT))["main"](["--output_dir", str(folder), *QUICK, *map(str, options)])
+
+
+@pytest.mark.parametrize("optim", list_optimizers())
+def test_every_optimizer_trains_and_beats_chance(optim, tmp_path):
+    rate = {"sgd": 0.05, "acprop": 3e-4}.get(optim, 3e-3)
+    run(tmp_path, "--model_name", "mlp", "--optim", optim, "--learning_rate", rate, "--num_train_epochs", 3)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["optimizer"] == optim
+    assert results["metrics"]["accuracy"] > 0.6  # chance is 0.1; three epochs of an MLP
+    assert results["metrics"]["top5_accuracy"] >= results["metrics"]["accuracy"]
+    assert [epoch["epoch"] for epoch in results["epochs"]] == [1.0, 2.0, 3.0]
+    assert results["epochs"][-1]["train_loss"] < results["epochs"][0]["train_loss"]
+
+
+def test_results_have_what_is_needed_to_repeat_the_run(tmp_path, monkeypatch):
+    argv = [str(SCRIPT), "--output_dir", str(tmp_path), *QUICK, "--model_name", "mlp", "--num_train_epochs", "1"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--seed", "7", "--optim", "agr_adamw", "--optim_args", "agr_steps=20"])
+    runpy.run_path(str(SCRIPT))["main"]()
+    text = (tmp_path / "results.json").read_text()
+    results = json.loads(text)
+    assert results["task"] == "image-classification"
+    assert results["seed"] == 7
+    assert results["command"].startswith("python train_image_classifier.py --output_dir ")
+    assert "--optim_args agr_steps=20" in results["command"]
+    assert results["config"]["model_name"] == "mlp"
+    assert results["config"]["parameters"] > 0
+    assert {"versions", "device", "seconds", "commit", "torch_threads"} <= set(results)
+    assert str(tmp_path.parent) not in text
+    assert str(Path.home()) not in text
+
+
+def test_the_saved_model_gives_the_reported_accuracy(tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    metrics = run(tmp_path, "--model_name", "vit-tiny", "--num_train_epochs", 1, "--max_train_samples", 320,
+                  "--max_eval_samples", 100, "--optim", "agr_adamw", "--learning_rate", 1e-3)  # fmt: skip
+    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    rows = load_images("digits", max_test=100).test
+    with torch.no_grad():
+        logits = model(pixel_values=torch.stack([rows[i]["pixel_values"] for i in range(100)])).logits
+    assert (logits.argmax(-1) == rows.labels).double().mean().item() == pytest.approx(metrics["accuracy"])
+    assert torch.nn.functional.cross_entropy(logits, rows.labels).item() == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("optim", ["agr_adamw", "adal", "sgd"])
+def test_a_resumed_run_has_the_bits_of_one_never_stopped(optim, tmp_path):
+    """With milestones, augmentation and suspension."""
+    options = ["--model_name", "mlp", "--optim", optim, "--num_train_epochs", 3, "--lr_milestones", 1, 2,
+               "--augmentation", "flip-crop", "--save_strategy", "epoch", "--learning_rate", 1e-3]  # fmt: skip
+    if optim == "agr_adamw":
+        options += ["--suspend_agr_at_epoch", 1.5]
+    run(tmp_path, *options)
+    whole = load_file(tmp_path / "model.safetensors")
+    for path in tmp_path.glob("checkpoint-102"):
+        (path / "optimizer.pt").write_bytes(b"cut short")  # "latest" passes it over
+    run(tmp_path, *options, "--resume_from_checkpoint", "latest")
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def rates_of(tmp_path):
+    state = json.loads((tmp_path / "checkpoint-102/trainer_state.json").read_text())
+    return [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+
+
+def test_milestones_multiply_the_rate(tmp_path):
+    run(tmp_path, "--model_name", "mlp", "--num_train_epochs", 3, "--lr_milestones", 1, 2, "--lr_gamma", 0.2,
+        "--optim", "adal", "--learning_rate", 1e-3, "--save_strategy", "epoch", "--logging_strategy", "steps",
+        "--logging_steps", 17)  # fmt: skip
+    assert rates_of(tmp_path) == pytest.approx([1e-3, 1e-3, 2e-4, 2e-4, 4e-5, 4e-5])
+
+
+def test_a_recipe_gives_defaults_and_the_command_line_wins():
+    parse = runpy.run_path(str(SCRIPT))["parse_args"]
+    model, data, extra, args = parse(["--recipe", "agr-cifar100", "--output_dir", "x", "--learning_rate", "0.5"])
+    assert (model.model_name, data.dataset_name, args.optim) == ("resnet18", "cifar100", "agr_adamw")
+    assert (args.num_train_epochs, args.weight_decay, extra.lr_milestones) == (200, 5e-4, [60, 120, 160])
+    assert args.learning_rate == 0.5
+    *_, args = parse(["--recipe", "adal-cifar10", "--output_dir", "x", "--optim", "nosadam"])
+    assert args.optim == "nosadam"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "agr-imagenet"], "there is no recipe 'agr-imagenet'; the names are agr-cifar10, "),
+        (["--optim", "lionw"], "lionw"),
+    ],
+)
+def test_bad_names_get_a_sentence(options, message, tmp_path):
+    command = [sys.executable, SCRIPT, "--output_dir", tmp_path, *QUICK, *options]
+    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert out.returncode != 0
+    assert message in out.stderr
+
+
+def test_torchrun_with_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT,
+               "--output_dir", tmp_path, *QUICK, "--model_name", "mlp", "--optim", "agr_adamw", "--num_train_epochs", "2",
+               "--learning_rate", "3e-3", "--ddp_backend", "gloo"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250, env=environment)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["accuracy"] > 0.5
