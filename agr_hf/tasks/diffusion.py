@@ -1,0 +1,416 @@
+"""DDPM: networks, schedule, images without labels, sampling with DDIM, grids of samples.
+
+Ho, Jain and Abbeel 2020 (arXiv 2006.11239) for the model and its training, Song, Meng and Ermon 2020 (arXiv 2010.02502) for
+the sampler. The classes are diffusers' own, so what is trained here loads with `DDIMPipeline.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agr_hf.files import replaced_file
+from agr_hf.tasks.digits import load_digits
+from agr_hf.tasks.images import SOURCES
+
+logger = logging.getLogger(__name__)
+
+IMAGE_FILES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# What all of them share: the sinusoidal embedding and the constants of Ho et al.'s TensorFlow code, as diffusers converted
+# them for google/ddpm-cifar10-32.
+_DDPM = {"freq_shift": 1, "flip_sin_to_cos": False, "norm_eps": 1e-6, "downsample_padding": 0}
+UNETS: dict[str, dict[str, Any]] = {
+    # 35,746,307 parameters with 3 channels (the paper, appendix B: 35.7 million): attention at 16x16 only.
+    "ddpm-cifar10": {
+        **_DDPM,
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,  # one head, as theirs
+    },
+    # The same shape for a machine without a GPU: 1.5 million parameters, 38 times fewer multiplications.
+    "small": {
+        **_DDPM,
+        "block_out_channels": (32, 64, 64, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,
+        "norm_num_groups": 8,
+    },
+    # For 8x8 digits: 0.3 million parameters.
+    "tiny": {
+        **_DDPM,
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": None,
+        "norm_num_groups": 8,
+    },
+}
+
+# Runs by name; a flag of the command line wins over them.
+RECIPES: dict[str, dict[str, Any]] = {
+    # No network, no GPU: about a minute and a half on two CPU cores.
+    "digits": {
+        "dataset_name": "digits",
+        "unet": "tiny",
+        "optim": "agr_adan",
+        "train_batch_size": 64,
+        "num_epochs": 25,
+        "learning_rate": 2e-3,
+        "lr_warmup_steps": 50,
+        "ema_decay": 0.99,
+        "random_flip": False,  # a mirrored digit is no digit
+    },
+    # The AGR paper, arXiv 2407.16944, section 5.2 where it says so. What it leaves open is "the default setting of the
+    # original implementation" (its appendix), which is that of Ho et al., appendix B, and of their code.
+    "agr-ddpm": {
+        "dataset_name": "cifar10",  # section 5
+        "unet": "ddpm-cifar10",  # section 5.2: DDPM with its U-Net; Ho et al., appendix B: 35.7 million parameters
+        "optim": "agr_adan",  # table 2, last row
+        "train_batch_size": 128,  # section 5.2; of all processes together
+        "num_epochs": 2000,  # section 5.2
+        "learning_rate": 2e-4,  # Ho et al., appendix B
+        "lr_warmup_steps": 200,  # the AGR authors' code
+        "lr_scheduler": "constant_with_warmup",  # Ho et al.: constant after the warmup
+        "max_grad_norm": 1.0,  # Ho et al.'s code; before AGR
+        "ema_decay": 0.9999,  # Ho et al., appendix B
+        "random_flip": True,  # Ho et al., appendix B: random horizontal flips for CIFAR-10
+        "ddpm_num_inference_steps": 100,  # section 5.2: DDIM with 100 steps
+        "num_eval_samples": 50_000,  # table 1: 50,000 images for IS and FID
+        "fid": True,  # tables 1 and 2
+        # Table 7 stops AGR after 1,200 of the 2,000 epochs: --agr_steps 468000. The rows of table 2 do not.
+    },
+}
+
+
+def make_unet(name: str, size: int, channels: int, **overrides: Any) -> nn.Module:
+    """A U-Net that predicts the noise, (n, channels, size, size) and timesteps (n,) in, the noise's shape out.
+
+    Args:
+        name: "ddpm-cifar10" (35,746,307 parameters with 3 channels), "small" (1.5 million) or "tiny" (0.3 million).
+        size: height and width of the images; a multiple of 8, for "tiny" of 2.
+        channels: of the images, 1 or 3.
+        **overrides: arguments of `diffusers.UNet2DModel`.
+
+    Returns:
+        The network in float32, from diffusers' initialisation under the current seed.
+
+    Raises:
+        ValueError: the name is unknown, or the size cannot be halved as often as the network does.
+    """
+    from diffusers import UNet2DModel
+
+    if name not in UNETS:
+        raise ValueError(f"there is no U-Net {name!r}; the names are {', '.join(UNETS)}")
+    config = {**UNETS[name], **overrides}
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    if size < multiple or size % multiple:
+        raise ValueError(
+            f"the U-Net {name!r} halves images {multiple.bit_length() - 1} times: a size of {size} does not go; pass a "
+            f"multiple of {multiple}, or another U-Net ({', '.join(UNETS)})"
+        )
+    unet: Any = UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, **config)
+    return unet
+
+
+def ddpm_scheduler() -> Any:
+    """1,000 steps, betas linear from 1e-4 to 0.02, variance beta_t: Ho et al., section 4 ("fixed_large" in diffusers)."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="fixed_large"
+    )
+
+
+def batch_generator(seed: int, batch: int, process: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one batch of one process, the same whatever happened before.
+
+    Noise, timesteps and flips drawn from it make a resumed run equal to one never stopped, however many samples were
+    drawn on the way and whatever the data loader took from torch's global state.
+    """
+    import numpy
+
+    # Mixed, because torch's generator on the CPU looks at 32 bits of its seed only.
+    mixed = numpy.random.SeedSequence([seed, batch, process]).generate_state(1, numpy.uint32)[0]
+    return torch.Generator(device).manual_seed(int(mixed))
+
+
+def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """L_simple of Ho et al., equation 14: the mean squared error of the predicted noise; 1 for predicting zero.
+
+    Args:
+        model: the U-Net, wrapped or not.
+        scheduler: of `ddpm_scheduler()`.
+        images: (n, channels, size, size), uint8, on the model's device.
+        generator: on the same device; draws timesteps (n,), flips (n,) and the noise.
+        flip: mirror each image with probability 1/2.
+
+    Returns:
+        A scalar, float32.
+    """
+    n, device = len(images), images.device
+    clean = images.to(torch.float32) / 127.5 - 1
+    if flip:
+        mirrored = torch.rand((n, 1, 1, 1), device=device, generator=generator) < 0.5
+        clean = torch.where(mirrored, clean.flip(-1), clean)
+    timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (n,), device=device, generator=generator)
+    noise = torch.randn(clean.shape, device=device, generator=generator)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    return torch.nn.functional.mse_loss(model(noisy, timesteps).sample.float(), noise)
+
+
+class LossHistory:
+    """Mean loss and seconds of every epoch; register it with `accelerator.register_for_checkpointing`.
+
+    Attributes:
+        epochs: one mapping for each completed epoch.
+        total: sum of the losses of the current epoch, float32, on the device: adding to it waits for nothing.
+        seconds: of training, those before a resumption included.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.epochs: list[dict[str, float]] = []
+        self.total = torch.zeros((), device=device)
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "total": self.total.item(), "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs, self.seconds = list(state["epochs"]), state["seconds"]
+        self.total.fill_(state["total"])
+
+
+def sample_images(
+    unet: nn.Module, count: int, *, steps: int = 100, seed: int = 0, batch_size: int = 250, scheduler: Any = None
+) -> Tensor:
+    """Draw images with diffusers' `DDIMPipeline`, eta 0; torch's global random state is left alone.
+
+    Args:
+        unet: the network; on its device, and put in eval mode.
+        count: how many.
+        steps: of DDIM, 1 to the scheduler's training steps. The AGR paper takes 100.
+        seed: of a generator on the CPU: every device starts from the same noise.
+        batch_size: images at a time; memory grows with it, and the last bits depend on it.
+        scheduler: that of training. Default `ddpm_scheduler()`.
+
+    Returns:
+        (count, channels, size, size), uint8, on the CPU.
+
+    Raises:
+        ValueError: count or steps out of range.
+    """
+    from diffusers import DDIMPipeline
+
+    scheduler = ddpm_scheduler() if scheduler is None else scheduler
+    most = scheduler.config["num_train_timesteps"]
+    if count < 1:
+        raise ValueError(f"count={count} is not allowed; it must be at least 1")
+    if not 1 <= steps <= most:
+        raise ValueError(
+            f"steps={steps} is not allowed; it must be 1 to {most}, the steps that the model was trained on"
+        )
+    pipeline: Any = DDIMPipeline(unet.eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for start in range(0, count, batch_size):
+        n = min(batch_size, count - start)
+        images = pipeline(batch_size=n, generator=generator, num_inference_steps=steps, output_type="pt").images
+        parts.append((images.float() * 255).round().to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def write_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
+    """Write images as one PNG, nearly square, whole or not at all.
+
+    Args:
+        images: (n, 1 or 3, height, width), uint8. Images smaller than 32 pixels are enlarged by a whole number.
+        path: ends with .png; folders are made.
+    """
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    scale = max(1, 32 // images.shape[-1])
+    large = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    # make_grid gives three channels in any case.
+    grid = make_grid(large, nrow=math.ceil(math.sqrt(len(images))), padding=2, pad_value=255)
+    with replaced_file(path) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+
+def log_grid(accelerator: Any, images: Tensor, step: int) -> None:
+    """Give images (n, channels, height, width) in uint8 to the trackers of an `Accelerator` that take images."""
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": pictures}, step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": list(pictures)}, step)
+
+
+def load_images(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    size: int | None = None,
+    channels: int | None = None,
+    revision: str | None = None,
+    max_images: int | None = None,
+) -> Tensor:
+    """Images without labels, decoded once into memory (CIFAR-10: 154 MB).
+
+    Args:
+        source: "digits" (scikit-learn's 1,797, no network), a .parquet file with a column of encoded images (`image`,
+            `img`, or the first one of bytes), a folder with images at any depth, a name in `agr_hf.tasks.images.SOURCES`
+            ("cifar10": uoft-cs/cifar10, pinned to a revision), or any other Hub id.
+        split: of a Hub data set.
+        size: height and width; other images are cut to their central square and resized. Default: that of the first
+            image, whose height and width must then be equal.
+        channels: 1 (grey) or 3 (RGB). Default: that of the first image.
+        revision: of a Hub id. Default: the pinned one of a name in SOURCES, or the newest.
+        max_images: take the first ones only.
+
+    Returns:
+        (n, channels, size, size), uint8. Files that are no images are left out, counted and named in a warning.
+
+    Raises:
+        ValueError: nothing is there, nothing can be decoded, there is no network; the message says what to pass.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(
+            f"channels={channels!r} is not allowed; it must be 1 (grey) or 3 (RGB), or None for the images' own"
+        )
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} is not allowed; it must be at least 1, or None for the images' own")
+    source = os.fspath(source)
+    images: list[Tensor] = []
+    broken = []
+    rows = _encoded(source, split, revision)
+    for name, content in rows:
+        if max_images is not None and len(images) == max_images:
+            break
+        try:
+            picture = _decoded(content, size, channels)
+        except (OSError, SyntaxError, OverflowError, TypeError) as error:
+            broken.append(f"{name} ({type(error).__name__})")
+            continue
+        if not images:
+            channels, height, width = picture.shape
+            if height != width:
+                raise ValueError(f"{name} of {source} is {width}x{height} and not square; pass size (--resolution)")
+            size = height
+        images.append(picture)
+    if broken:
+        logger.warning(
+            "%d of %d images of %s cannot be read and are left out: %s",
+            len(broken),
+            len(broken) + len(images),
+            source,
+            ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else ""),
+        )
+    if not images:
+        raise ValueError(f"{source} has no image that can be read; pass another file, folder or Hub id, or 'digits'")
+    return torch.stack(images)
+
+
+def _encoded(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    """Names and encoded bytes (or tensors) of the images of a source."""
+    path = Path(source)
+    if source == "digits":
+        for name, part in load_digits().items():
+            pixels = ((part.pixel_values + 1) * 127.5).round().to(torch.uint8)
+            yield from ((f"{name} {i}", image) for i, image in enumerate(pixels))
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+        yield from ((file.relative_to(path).as_posix(), file) for file in files)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    else:
+        yield from _hub_rows(source, split, revision)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"{path} cannot be read as a parquet file: {error}") from error
+    with file:
+        schema = file.schema_arrow
+
+        def has_bytes(kind: Any) -> bool:
+            if pyarrow.types.is_struct(kind):
+                return kind.get_field_index("bytes") >= 0
+            return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+        column = next(
+            (n for n in ("image", "img", *schema.names) if n in schema.names and has_bytes(schema.field(n).type)), None
+        )
+        if column is None:
+            raise ValueError(
+                f"{path} has no column of encoded images (bytes, or a struct with bytes); its columns are "
+                f"{', '.join(schema.names)}"
+            )
+        row = 0
+        for batch in file.iter_batches(batch_size=1000, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield f"row {row}", value["bytes"] if isinstance(value, dict) else value
+                row += 1
+
+
+def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    known = SOURCES.get(source)
+    hub_id = known.hub_id if known else source
+    revision = revision or (known.revision if known else None)
+    try:
+        rows = datasets.load_dataset(hub_id, split=split, revision=revision)
+    except Exception as error:  # whatever datasets, the Hub's client or the network raise
+        raise ValueError(
+            f"the images {source!r} cannot be had: there is no such file or folder, and the Hub answers: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]} Without a network, pass --train_data with a parquet "
+            "file or a folder of images, or --dataset_name digits"
+        ) from error
+    column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise ValueError(
+            f"the data set {source!r} has no column of images; its columns are {', '.join(rows.column_names)}"
+        )
+    for i, row in enumerate(rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))):
+        yield f"row {i}", row[column]["bytes"] or Path(row[column]["path"])
+
+
+def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
+    """(channels, size, size), uint8, of a tensor, bytes or a file."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    if isinstance(content, Tensor):
+        content = content[0].numpy()
+        opened: Any = Image.fromarray(content)
+    else:
+        opened = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
+    with opened as picture:
+        grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "I", "I;16", "F", "LA"))
+        picture = picture.convert("L" if grey else "RGB")
+        if size is not None and picture.size != (size, size):
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(numpy.array(picture))
+    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()

@@ -1,0 +1,245 @@
+"""Train a DDPM with any optimizer of the package, in the shape of diffusers' unconditional_image_generation example.
+
+    python training_scripts/train_ddpm.py --recipe digits --output_dir runs/digits-ddpm
+    python training_scripts/train_ddpm.py --recipe digits --optim adamw --output_dir runs/digits-adamw
+    accelerate launch training_scripts/train_ddpm.py --recipe agr-ddpm --mixed_precision bf16 --output_dir runs/ddpm
+    torchrun --nproc_per_node 2 training_scripts/train_ddpm.py --cpu --train_data train.parquet --output_dir runs/mine
+
+Leaves in --output_dir: a DDPMPipeline with the averaged weights, which `DDIMPipeline.from_pretrained` loads too, grids of
+samples as PNG, checkpoints, and results.json.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from diffusers import DDPMPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo, upload_folder
+from torch.utils.data import DataLoader
+
+from agr_hf import create_optimizer, list_optimizers
+from agr_hf.integrations.accelerate import Progress, load_checkpoint, save_checkpoint
+from agr_hf.tasks import diffusion
+from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics
+from agr_hf.tasks.runs import write_results
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--recipe", choices=list(diffusion.RECIPES), help="values of a published or a small run; flags win over it"
+    )
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--dataset_name", default="digits", help="digits, cifar10, or any Hub id with images")
+    parser.add_argument("--dataset_revision", help="of a Hub id; cifar10 and the like are pinned")
+    parser.add_argument("--train_data", help="a parquet file or a folder of images, in the place of --dataset_name")
+    parser.add_argument("--max_train_images", type=int)
+    parser.add_argument("--resolution", type=int, help="default: the images' own")
+    parser.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--unet", choices=list(diffusion.UNETS), default="tiny")
+    parser.add_argument("--optim", choices=list_optimizers(), default="agr_adan")
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--weight_decay", type=float, help="default: the optimizer's own")
+    parser.add_argument("--agr_steps", type=int, help="suspend AGR after that many steps")
+    parser.add_argument("--lr_scheduler", default="constant_with_warmup", help="a name of diffusers' get_scheduler")
+    parser.add_argument("--lr_warmup_steps", type=int, default=200)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the raw gradients, before AGR; 0 for none")
+    parser.add_argument("--num_epochs", type=int, default=25)
+    parser.add_argument("--max_train_steps", type=int, help="stop after that many optimizer steps")
+    parser.add_argument("--train_batch_size", type=int, default=128, help="of one process")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ema_decay", type=float, default=0.9999)
+    parser.add_argument("--checkpointing_steps", type=int, default=500)
+    parser.add_argument("--resume_from_checkpoint", help="a folder, or 'latest'")
+    parser.add_argument("--save_images_epochs", type=int, default=10)
+    parser.add_argument("--num_grid_samples", type=int, default=64)
+    parser.add_argument("--ddpm_num_inference_steps", type=int, default=100, help="steps of DDIM")
+    parser.add_argument("--num_eval_samples", type=int, default=500, help="for the metrics at the end; 0 for none")
+    parser.add_argument("--eval_batch_size", type=int, default=250)
+    parser.add_argument(
+        "--features", default="pixels", help="pixels, timm:MODEL, resnet20:FILE, PACKAGE.MODULE:FACTORY"
+    )
+    parser.add_argument("--fid", action=argparse.BooleanOptionalAction, default=False, help="FID and IS with Inception")
+    parser.add_argument("--report_to", choices=["none", "tensorboard", "trackio", "wandb"], default="none")
+    parser.add_argument("--push_to_hub", action="store_true")
+    parser.add_argument("--hub_model_id", help="default: the name of --output_dir")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true")
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**diffusion.RECIPES.get(known.recipe, {}))
+    args = parser.parse_args(argv)
+    for name in (
+        "num_epochs",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "checkpointing_steps",
+        "save_images_epochs",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    if args.num_eval_samples == 1:
+        parser.error("--num_eval_samples 1 is not allowed; a distance needs at least 2 samples, and 0 leaves it out")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(output_dir),
+        # One order of the data, whatever the number of processes.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        # The scheduler counts optimizer steps of the run, not of each process.
+        step_scheduler_with_optimizer=False,
+    )
+    set_seed(args.seed)
+    # One process fetches, the others find it in the cache.
+    with accelerator.main_process_first():
+        images = diffusion.load_images(
+            args.train_data or args.dataset_name,
+            size=args.resolution,
+            revision=args.dataset_revision,
+            max_images=args.max_train_images,
+        )
+    # A name that says nothing fails now, and not after the training.
+    network = feature_network(args.features, accelerator.device) if args.num_eval_samples else None
+    loader = accelerator.prepare(DataLoader(images, args.train_batch_size, shuffle=True, drop_last=True))
+    if len(loader) == 0:
+        raise ValueError(
+            f"{len(images)} images do not fill one batch of {args.train_batch_size} for each of "
+            f"{accelerator.num_processes} processes; pass a smaller --train_batch_size"
+        )
+
+    scheduler = diffusion.ddpm_scheduler()
+    model = diffusion.make_unet(args.unet, images.shape[-1], images.shape[1])
+    sampled = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
+    # diffusers' EMAModel and not `ema_of`: its decay rises from 0.1 as (1 + n) / (10 + n), so that a short run does not
+    # sample from its initial weights, and after 90,000 steps it is the constant of Ho et al.
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    options = {name: getattr(args, name) for name in ("weight_decay", "agr_steps") if getattr(args, name) is not None}
+    optimizer = create_optimizer(args.optim, model, lr=args.learning_rate, **options)
+    steps = args.num_epochs * -(-len(loader) // args.gradient_accumulation_steps)
+    steps = min(steps, args.max_train_steps or steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    progress, history = Progress(), diffusion.LossHistory(accelerator.device)
+    accelerator.register_for_checkpointing(progress, history, *([ema] if ema else []))
+    load_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
+    if ema:
+        ema.to(accelerator.device)  # a checkpoint is read on the CPU
+    config = {key: value for key, value in vars(args).items() if key not in ("output_dir", "report_to", "hub_model_id")}
+    if args.report_to != "none":
+        accelerator.init_trackers("train_ddpm", {key: value for key, value in config.items() if value is not None})
+    accelerator.print(
+        f"{len(images)} images of {tuple(images.shape[1:])}, U-Net {args.unet} with {sampled.num_parameters():,} "
+        f"parameters, {args.optim}, {steps} steps of {accelerator.num_processes} x {args.train_batch_size} images"
+    )
+
+    def averaged():
+        """The network to sample from: the average, or the trained weights without --use_ema."""
+        if ema:
+            ema.copy_to(sampled.parameters())
+        else:
+            sampled.load_state_dict(accelerator.unwrap_model(model).state_dict())
+        return sampled
+
+    def draw(count, seed):
+        return diffusion.sample_images(
+            averaged(), count, steps=args.ddpm_num_inference_steps, seed=seed, batch_size=args.eval_batch_size
+        )
+
+    started = time.perf_counter() - history.seconds
+    while progress.epoch < args.num_epochs and progress.step < steps:
+        model.train()
+        loader.set_epoch(progress.epoch)
+        batches = accelerator.skip_first_batches(loader, progress.batches) if progress.batches else loader
+        for batch in batches:
+            draws = diffusion.batch_generator(
+                args.seed,
+                progress.epoch * len(loader) + progress.batches,
+                accelerator.process_index,
+                accelerator.device,
+            )
+            with accelerator.accumulate(model):
+                loss = diffusion.ddpm_loss(model, scheduler, batch, draws, args.random_flip)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                    lr_scheduler.step()
+                    if ema:
+                        ema.step(model.parameters())
+                optimizer.zero_grad()
+            history.total += loss.detach()
+            progress.batches += 1
+            if accelerator.sync_gradients:
+                progress.step += 1
+                if progress.step % args.checkpointing_steps == 0 and progress.step < steps:
+                    history.seconds = time.perf_counter() - started
+                    # One file holds the sum for all processes.
+                    history.total = accelerator.reduce(history.total, "mean")
+                    save_checkpoint(accelerator, output_dir, progress.step)
+                if progress.step == steps:
+                    break
+        history.seconds = time.perf_counter() - started
+        mean_loss = accelerator.reduce(history.total, "mean").item() / progress.batches
+        progress.epoch, progress.batches = progress.epoch + 1, 0
+        history.epochs.append(
+            {"epoch": progress.epoch, "step": progress.step, "loss": mean_loss, "seconds": history.seconds}
+        )
+        history.total.zero_()
+        accelerator.log({"loss": mean_loss, "learning_rate": lr_scheduler.get_last_lr()[0]}, progress.step)
+        accelerator.print(f"epoch {progress.epoch}: loss {mean_loss:.4f}, {history.seconds:.0f} s")
+        finished = progress.epoch == args.num_epochs or progress.step == steps
+        if accelerator.is_main_process and (progress.epoch % args.save_images_epochs == 0 or finished):
+            grid = draw(args.num_grid_samples, args.seed)
+            diffusion.write_grid(grid, output_dir / "samples" / f"epoch-{progress.epoch:04d}.png")
+            diffusion.log_grid(accelerator, grid, progress.step)
+        started = time.perf_counter() - history.seconds  # sampling is not training
+        accelerator.wait_for_everyone()
+
+    save_checkpoint(accelerator, output_dir, progress.step)
+    if accelerator.is_main_process:
+        metrics = {"loss": history.epochs[-1]["loss"], "parameters": sampled.num_parameters()}
+        DDPMPipeline(averaged(), scheduler).save_pretrained(output_dir)
+        if args.num_eval_samples:
+            # Another seed than the grids': they are to be looked at during training, and these to be measured once.
+            samples = draw(args.num_eval_samples, args.seed + 1)
+            cache = output_dir / "statistics"
+            metrics |= frechet_metrics(samples, images, network, cache_dir=cache, device=accelerator.device)
+            if args.fid:
+                metrics |= inception_metrics(samples, images, cache_dir=cache, device=accelerator.device)
+        write_results(
+            output_dir,
+            task="ddpm",
+            optimizer=args.optim,
+            seed=args.seed,
+            config=config,
+            epochs=history.epochs,
+            metrics=metrics,
+            seconds=history.seconds,
+        )
+        print(", ".join(f"{key} {value:.6g}" for key, value in metrics.items()))
+        if args.push_to_hub:
+            repo = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+            upload_folder(repo_id=repo, folder_path=output_dir, ignore_patterns=["checkpoint-*", ".*", "statistics/*"])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
