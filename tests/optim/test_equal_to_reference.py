@@ -81,16 +81,17 @@ def test_optimizer_equals_the_papers_rule(name, options, dtype, memory_format, v
 
 
 @pytest.mark.parametrize("variant", ["default", "foreach", "for-loop"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "nhwc"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", OURS)
-def test_half_precision_parameters_follow_the_rule_to_a_neighbouring_value(name, dtype, variant):
+def test_half_precision_parameters_follow_the_rule_to_a_neighbouring_value(name, dtype, memory_format, variant):
     def rounded(theta):
         return theta.to(dtype).double()
 
     thetas = [rounded(theta) for theta in initial()]
     steps = [[rounded(g) for g in grads] for grads in gradients(STEPS)]
     wanted = run_reference(name, thetas, steps, lr=LR, weight_decay=0.1, rounded=rounded)
-    params = as_parameters(thetas, dtype, torch.channels_last)
+    params = as_parameters(thetas, dtype, memory_format)
     optimizer = OPTIMIZERS[name].cls(params, lr=LR, weight_decay=0.1, **VARIANTS[variant])
     run_optimizer(optimizer, params, steps)
     off = difference(params, wanted)
