@@ -2,9 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch's own choice of threads is the machine's cores; a number here is passed on to every process.
-export OMP_NUM_THREADS
-
 .PHONY: demo test lint test-oldest test-slow test-gpu bench clean
 
 demo: $(VENV)/installed
