@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.integrations.accelerate import Progress, ema_of, load_checkpoint, save_checkpoint
+from agr_hf.integrations.accelerate import Progress, batches_of_epoch, ema_of, load_checkpoint, save_checkpoint
 from agr_hf.tasks.digits import digits_model, load_digits
 
 
@@ -70,9 +70,7 @@ def main(argv=None):
 
     while progress.epoch < args.num_train_epochs:
         model.train()
-        loader.set_epoch(progress.epoch)
-        batches = accelerator.skip_first_batches(loader, progress.batches) if progress.batches else loader
-        for batch in batches:
+        for batch in batches_of_epoch(accelerator, loader, progress):
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)

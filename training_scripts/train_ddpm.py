@@ -23,7 +23,7 @@ from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.integrations.accelerate import Progress, load_checkpoint, save_checkpoint
+from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics
 from agr_hf.tasks.runs import write_results
@@ -164,9 +164,7 @@ def main(argv=None):
     started = time.perf_counter() - history.seconds
     while progress.epoch < args.num_epochs and progress.step < steps:
         model.train()
-        loader.set_epoch(progress.epoch)
-        batches = accelerator.skip_first_batches(loader, progress.batches) if progress.batches else loader
-        for batch in batches:
+        for batch in batches_of_epoch(accelerator, loader, progress):
             draws = diffusion.batch_generator(
                 args.seed,
                 progress.epoch * len(loader) + progress.batches,

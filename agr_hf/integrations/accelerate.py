@@ -39,6 +39,23 @@ class Progress:
         self.epoch, self.batches, self.step = state["epoch"], state["batches"], state["step"]
 
 
+def batches_of_epoch(accelerator: Accelerator, loader: Any, progress: Progress) -> Any:
+    """The batches of epoch `progress.epoch` that are still to be taken, in the order of a run never stopped.
+
+    Args:
+        accelerator: the one that prepared `loader`, with `DataLoaderConfiguration(use_seedable_sampler=True)`.
+        loader: a prepared DataLoader.
+        progress: where the loop is.
+    """
+    loader.set_epoch(progress.epoch)
+    if not progress.batches:
+        return loader
+    rest = accelerator.skip_first_batches(loader, progress.batches)
+    # accelerate < 1.15 lets the new loader begin at epoch 0, and so in another order.
+    rest.set_epoch(progress.epoch)
+    return rest
+
+
 def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the parameters, buffers copied; update it with `.update_parameters(model)`.
 

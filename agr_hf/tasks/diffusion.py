@@ -229,8 +229,9 @@ def sample_images(
     parts = []
     for start in range(0, count, batch_size):
         n = min(batch_size, count - start)
-        images = pipeline(batch_size=n, generator=generator, num_inference_steps=steps, output_type="pt").images
-        parts.append((images.float() * 255).round().to(torch.uint8).cpu())
+        # (n, size, size, channels) of numpy, which every supported diffusers returns.
+        images = pipeline(batch_size=n, generator=generator, num_inference_steps=steps, output_type="np").images
+        parts.append((torch.from_numpy(images).permute(0, 3, 1, 2).float() * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 

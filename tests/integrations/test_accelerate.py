@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
 from agr_hf.integrations.accelerate import ema_of, load_checkpoint, save_checkpoint
@@ -27,7 +27,7 @@ def loop(folder, *options):
         state._reset_state()
     main = runpy.run_path(str(LOOP))["main"]
     main(["--output_dir", str(folder), "--cpu", "--num_train_epochs", "2", *map(str, options)])
-    return {name: load_file(Path(folder) / name / "model.safetensors") for name in ("model", "ema")}
+    return {name: load((Path(folder) / name / "model.safetensors").read_bytes()) for name in ("model", "ema")}
 
 
 def assert_same_bits(one, other):
@@ -93,7 +93,7 @@ def torchrun(processes, folder, *options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
-    return {name: load_file(Path(folder) / name / "model.safetensors") for name in ("model", "ema")}
+    return {name: load((Path(folder) / name / "model.safetensors").read_bytes()) for name in ("model", "ema")}
 
 
 @pytest.mark.parametrize("name", ["agr_adamw", "adal"])
