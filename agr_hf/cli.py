@@ -37,7 +37,88 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("inspect-output"), help="folder for the files (%(default)s)"
     )
     inspect.set_defaults(run=run_inspect)
+    card = commands.add_parser("card", help="write a run's model card and curves")
+    card.add_argument("run_dir", type=Path, help="the --output_dir of a training script")
+    card.add_argument("--repo-id", default="user/model", help="where it will be published (%(default)s)")
+    card.add_argument("--output", type=Path, help="folder for README.md and curves.png (that of the run)")
+    card.set_defaults(run=run_card)
+    push = commands.add_parser("push", help="publish a run on the Hub, in one commit")
+    push.add_argument("run_dir", type=Path, help="the --output_dir of a training script")
+    push.add_argument("--repo-id", required=True, help="name, user/name or organisation/name; made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="where the repository is made")
+    push.add_argument("--revision", help="a branch, made if it is not there (main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of writing to the branch")
+    push.add_argument(
+        "--with-training-state", action="store_true", help="the newest checkpoint too, so others can resume"
+    )
+    push.add_argument("--message", help="first line of the commit")
+    push.set_defaults(run=run_push)
+    for name, run, text in (
+        ("resume", run_resume, "train on from a run published with its training state"),
+        ("reproduce", run_reproduce, "run a published run's command again, and compare"),
+    ):
+        again = commands.add_parser(name, help=text, usage=f"agr-hf {name} SOURCE [options] [-- ARGUMENT ...]")
+        again.add_argument("source", help="a repository on the Hub" + (", or a run's folder" * (name == "reproduce")))
+        again.add_argument("--revision", help="branch, tag or commit (main)")
+        again.add_argument("--output-dir", type=Path, required=True, help="folder for the run")
+        again.add_argument(
+            "extra", nargs="*", help="arguments for the script behind --, which win over the published ones"
+        )
+        again.set_defaults(run=run)
+    board = commands.add_parser("leaderboard", help="one table over runs, by task and optimizer")
+    board.add_argument("runs", nargs="+", help="run folders, folders of them, or repositories on the Hub")
+    board.set_defaults(run=run_leaderboard)
     return top
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    from agr_hf.files import replaced_file
+    from agr_hf.hub.push import prepare
+
+    folder = arguments.output or arguments.run_dir
+    with tempfile.TemporaryDirectory() as temporary:
+        contents = prepare(arguments.run_dir, arguments.repo_id, Path(temporary))
+        for name in ("README.md", "curves.png"):
+            content = contents.get(name)
+            if content is not None:
+                with replaced_file(folder / name) as path:
+                    path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+                print(folder / name)
+
+
+def run_push(arguments: argparse.Namespace) -> None:
+    from agr_hf.hub.push import push_run
+
+    url = push_run(
+        arguments.run_dir,
+        arguments.repo_id,
+        private=arguments.private,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        with_training_state=arguments.with_training_state,
+        message=arguments.message,
+    )
+    print(url)
+
+
+def run_resume(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.rerun import resume
+
+    resume(arguments.source, arguments.output_dir, arguments.extra, revision=arguments.revision)
+
+
+def run_reproduce(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.rerun import reproduce
+
+    reproduce(arguments.source, arguments.output_dir, arguments.extra, revision=arguments.revision)
+
+
+def run_leaderboard(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.leaderboard import collect, leaderboard
+
+    print(leaderboard(collect(arguments.runs)))
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
@@ -68,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"agr-hf: {error.name} is not installed; install it with: pip install 'agr-hf[train]'", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"agr-hf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

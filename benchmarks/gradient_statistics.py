@@ -15,10 +15,10 @@ import timm
 import torch
 
 from agr_hf import create_optimizer
-from agr_hf.experiments.environment import environment
+from agr_hf.environment import environment
 from agr_hf.files import write_text
-from agr_hf.integrations.callbacks import GradientStatistics, agr_parameters
-from agr_hf.optim.statistics import gradient_statistics
+from agr_hf.integrations.callbacks import GradientStatistics
+from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
 
 def main():
@@ -44,8 +44,7 @@ def main():
         optimizer.step()
 
     def measure():
-        wanted = agr_parameters(optimizer)
-        gradient_statistics((n, p.grad) for n, p in model.named_parameters() if id(p) in wanted)
+        gradient_statistics(agr_gradients(model, optimizer))
 
     def timed(function):
         if arguments.device == "cuda":

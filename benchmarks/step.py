@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from agr_hf import AdaL, Adan, AGRAdamW, AGRAdan
-from agr_hf.experiments.environment import environment
+from agr_hf.environment import environment
 from agr_hf.files import write_text
 
 BUDGETS = {"AGRAdamW": 1.15}

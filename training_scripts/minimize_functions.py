@@ -16,7 +16,7 @@ import optuna
 import torch
 
 from agr_hf import list_optimizers
-from agr_hf.experiments.environment import environment
+from agr_hf.environment import environment
 from agr_hf.files import replaced_file, write_text
 from agr_hf.tasks.functions import FUNCTIONS, squared_distance, trajectory
 from agr_hf.tasks.runs import command, plain
@@ -95,7 +95,9 @@ def main(argv=None):
             logger.info("%s, %s: lr %.3g, distance %.2e", function.name, name, lr, near)
         plot(function, ways, args.output_dir / f"{function.name}.png")
     config = {key: value for key, value in vars(args).items() if key != "output_dir"}
-    results = plain({"task": "functions", "runs": found, "command": command(), "config": config, **environment()})
+    results = plain(
+        {"task": "functions", "runs": found, "command": command(__file__, argv), "config": config, **environment()}
+    )
     write_text(args.output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     write_text(args.output_dir / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

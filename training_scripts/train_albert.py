@@ -24,13 +24,14 @@ from transformers import (
 
 import agr_hf
 from agr_hf.files import replaced_folder
+from agr_hf.hub.push import push_run, take_over_push
 from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR
 from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
 from agr_hf.tasks.recipes import apply_recipe
-from agr_hf.tasks.runs import epochs_of, write_results
-from agr_hf.tasks.text import EMBEDDED, load_articles, train_tokenizer
+from agr_hf.tasks.runs import dataset_of, epochs_of, evaluation_of, gradients_of, optimizer_groups, write_results
+from agr_hf.tasks.text import EMBEDDED, hub_source, load_articles, train_tokenizer
 
 logger = logging.getLogger("train_albert")
 
@@ -92,7 +93,8 @@ class DataArguments:
 class RunArguments:
     recipe: str | None = field(default=None, metadata={"help": f"defaults by name: {', '.join(RECIPES)}"})
     suspend_agr_at_epoch: float | None = None
-    gradient_statistics_every: int | None = None
+    gradient_statistics_every: int = field(default=100, metadata={"help": "steps; 0 measures nothing"})
+    push_training_state: bool = field(default=False, metadata={"help": "with --push_to_hub, so that others can resume"})
 
 
 def parse_args(argv=None):
@@ -110,6 +112,7 @@ def main(argv=None):
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    push = take_over_push(args, run_args.push_training_state)
     # Trainer would remove what the collator needs, for the model's forward does not take it.
     args.remove_unused_columns = False
 
@@ -139,11 +142,11 @@ def main(argv=None):
     trainer = Trainer(model, args, collator, train_data, eval_data, processing_class=tokenizer, callbacks=callbacks,
                       compute_metrics=sop.pretraining_metrics, preprocess_logits_for_metrics=sop.keep_predictions,
                       **chosen)  # fmt: skip
-    if run_args.gradient_statistics_every is not None:
+    if run_args.gradient_statistics_every:
         GradientStatistics(every=run_args.gradient_statistics_every).attach(trainer)
 
     outcome = train(trainer, args.resume_from_checkpoint)
-    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    metrics = evaluation_of(trainer.evaluate())
     logger.info("masked accuracy %.2f%%, perplexity %.1f, sentence-order accuracy %.2f%%",
                 100 * metrics["masked_accuracy"], metrics["perplexity"], 100 * metrics["sop_accuracy"])  # fmt: skip
 
@@ -151,11 +154,24 @@ def main(argv=None):
     if trainer.is_world_process_zero():
         config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
         config |= {"parameters": parameters, "train_pairs": len(train_data), "eval_pairs": len(eval_data)}
-        write_results(args.output_dir, task="albert", optimizer=name, seed=args.seed, config=config, metrics=metrics,
-                      epochs=epochs_of(trainer.state.log_history),
-                      seconds=outcome.metrics["train_runtime"])  # fmt: skip
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset=data_args.dataset_name, tasks="fill-mask")
+        files = (data_args.train_file, data_args.validation_file)
+        write_results(
+            args.output_dir,
+            script=__file__,
+            argv=argv,
+            task="albert",
+            optimizer=name,
+            groups=optimizer_groups(trainer.optimizer),
+            seed=args.seed,
+            config=config,
+            dataset=dataset_of(data_args.dataset_name, len(train_data), files, hub_source(data_args.dataset_name)),
+            epochs=epochs_of(trainer.state.log_history),
+            metrics=metrics,
+            seconds=outcome.metrics["train_runtime"],
+            gradients=gradients_of(trainer.state.log_history),
+        )
+        if push:
+            logger.info("published: %s", push_run(args.output_dir, **push))
     return metrics
 
 

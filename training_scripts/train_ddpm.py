@@ -19,14 +19,15 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
+from agr_hf.hub.push import push_run
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics
-from agr_hf.tasks.runs import write_results
+from agr_hf.tasks.images import hub_source
+from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, write_results
 
 
 def parse_args(argv=None):
@@ -68,8 +69,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--fid", action=argparse.BooleanOptionalAction, default=False, help="FID and IS with Inception")
     parser.add_argument("--report_to", choices=["none", "tensorboard", "trackio", "wandb"], default="none")
+    parser.add_argument("--gradient_statistics_every", type=int, default=100, help="steps; 0 measures nothing")
     parser.add_argument("--push_to_hub", action="store_true")
     parser.add_argument("--hub_model_id", help="default: the name of --output_dir")
+    parser.add_argument("--hub_private_repo", action="store_true", default=None)
+    parser.add_argument("--hub_revision", help="a branch; default: main")
+    parser.add_argument("--push_training_state", action="store_true", help="so that others can resume")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true")
     known, _ = parser.parse_known_args(argv)
@@ -135,7 +140,7 @@ def main(argv=None):
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
     )
     model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    progress, history = Progress(), diffusion.LossHistory(accelerator.device)
+    progress, history = Progress(), diffusion.RunHistory(accelerator.device)
     accelerator.register_for_checkpointing(progress, history, *([ema] if ema else []))
     load_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
     if ema:
@@ -176,6 +181,9 @@ def main(argv=None):
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                every = args.gradient_statistics_every
+                if accelerator.sync_gradients and every and progress.step % every == 0:
+                    history.measure(accelerator.unwrap_model(model), optimizer)
                 optimizer.step()
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     lr_scheduler.step()
@@ -223,18 +231,25 @@ def main(argv=None):
                 metrics |= inception_metrics(samples, images, cache_dir=cache, device=accelerator.device)
         write_results(
             output_dir,
+            script=__file__,
+            argv=argv,
             task="ddpm",
             optimizer=args.optim,
+            groups=optimizer_groups(optimizer),
             seed=args.seed,
             config=config,
+            dataset=dataset_of(args.dataset_name, len(images), (args.train_data,), hub_source(args.dataset_name)),
             epochs=history.epochs,
             metrics=metrics,
             seconds=history.seconds,
+            gradients=gradients_of(history.gradients),
         )
         print(", ".join(f"{key} {value:.6g}" for key, value in metrics.items()))
         if args.push_to_hub:
-            repo = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
-            upload_folder(repo_id=repo, folder_path=output_dir, ignore_patterns=["checkpoint-*", ".*", "statistics/*"])
+            name = args.hub_model_id or output_dir.resolve().name
+            options = {"private": args.hub_private_repo, "revision": args.hub_revision}
+            url = push_run(output_dir, name, with_training_state=args.push_training_state, **options)
+            print(f"published: {url}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

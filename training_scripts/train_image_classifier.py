@@ -14,13 +14,14 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import agr_hf
+from agr_hf.hub.push import push_run, take_over_push
 from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
-from agr_hf.tasks.images import classification_metrics, load_images
+from agr_hf.tasks.images import classification_metrics, hub_source, load_images
 from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
-from agr_hf.tasks.runs import epochs_of, write_results
+from agr_hf.tasks.runs import dataset_of, epochs_of, evaluation_of, gradients_of, optimizer_groups, write_results
 
 logger = logging.getLogger("train_image_classifier")
 
@@ -47,7 +48,8 @@ class RunArguments:
     lr_milestones: list[int] | None = field(default=None, metadata={"help": "epochs at which the rate is multiplied"})
     lr_gamma: float = field(default=0.1, metadata={"help": "by this"})
     suspend_agr_at_epoch: float | None = None
-    gradient_statistics_every: int | None = None
+    gradient_statistics_every: int = field(default=100, metadata={"help": "steps; 0 measures nothing"})
+    push_training_state: bool = field(default=False, metadata={"help": "with --push_to_hub, so that others can resume"})
 
 
 def parse_args(argv=None):
@@ -62,6 +64,7 @@ def main(argv=None):
     model_args, data_args, run_args, args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    push = take_over_push(args, run_args.push_training_state)
 
     data = load_images(data_args.dataset_name, data_args.train_file, data_args.test_file, data_args.augmentation,
                        data_args.max_train_samples, data_args.max_eval_samples)  # fmt: skip
@@ -74,28 +77,34 @@ def main(argv=None):
     trainer = Trainer(model, args, train_dataset=data.train, eval_dataset=data.test,
                       compute_metrics=classification_metrics, callbacks=callbacks,
                       **optimizer_of(model, args, run_args, len(data.train)))  # fmt: skip
-    if run_args.gradient_statistics_every is not None:
+    if run_args.gradient_statistics_every:
         GradientStatistics(every=run_args.gradient_statistics_every).attach(trainer)
 
     outcome = train(trainer, args.resume_from_checkpoint)
-    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    metrics = evaluation_of(trainer.evaluate())
     logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
 
     trainer.save_model()
     if trainer.is_world_process_zero():
         config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
+        files = (data_args.train_file, data_args.test_file)
         write_results(
             args.output_dir,
+            script=__file__,
+            argv=argv,
             task="image-classification",
             optimizer=str(args.optim.value),
+            groups=optimizer_groups(trainer.optimizer),
             seed=args.seed,
             config={**config, "parameters": parameter_count(model)},
+            dataset=dataset_of(data_args.dataset_name, len(data.train), files, hub_source(data_args.dataset_name)),
             epochs=epochs_of(trainer.state.log_history),
             metrics=metrics,
             seconds=outcome.metrics["train_runtime"],
+            gradients=gradients_of(trainer.state.log_history),
         )
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset=data_args.dataset_name, finetuned_from=None, tasks="image-classification")
+        if push:
+            logger.info("published: %s", push_run(args.output_dir, **push))
     return metrics
 
 

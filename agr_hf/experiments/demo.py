@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from agr_hf.experiments.environment import environment
+from agr_hf.environment import environment
 from agr_hf.files import replaced_file, replaced_folder, write_text
 from agr_hf.optim.registry import create_optimizer, optimizer_info
 from agr_hf.optim.statistics import gradient_statistics

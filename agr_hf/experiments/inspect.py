@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agr_hf.experiments.environment import environment
+from agr_hf.environment import environment
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.param_groups import agr_param_groups
 from agr_hf.optim.statistics import gradient_statistics

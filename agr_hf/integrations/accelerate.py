@@ -87,7 +87,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str]
         if finished.exists():
             shutil.rmtree(finished)
         os.replace(unfinished, finished)
-        for _, old in sorted(_numbered(output_dir), reverse=True)[keep:]:
+        for _, old in sorted(numbered_checkpoints(output_dir), reverse=True)[keep:]:
             # Renamed first: a kill while files go must not leave a checkpoint with holes.
             gone = old.with_name(f".unfinished-{old.name}")
             os.replace(old, gone)
@@ -112,7 +112,7 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
     if resume is None:
         return False
     if resume == "latest":
-        numbered = sorted(_numbered(Path(output_dir)))
+        numbered = sorted(numbered_checkpoints(Path(output_dir)))
         if not numbered:
             return False
         resume = str(numbered[-1][1])
@@ -123,7 +123,7 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
     return True
 
 
-def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     matches: list[tuple[Any, Path]] = [
         (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")
     ]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
 from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.statistics import gradient_statistics
+from agr_hf.optim.statistics import agr_gradients, gradient_statistics, unwrapped
 
 logger = logging.getLogger(__name__)
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 class SuspendAGR(TrainerCallback):
@@ -75,8 +79,8 @@ class GradientStatistics(TrainerCallback):
 
     Keys are `gradients/{overall or parameter}/{effect, largest_share, l1_norm, zeros, log_mean, log_std}`; see
     `agr_hf.optim.statistics.GradientSummary`. They ride on Trainer's next log entry, so they reach `log_history` and
-    whatever `report_to` names. Gradients are measured as the optimizer gets them, after clipping; effect and shares do not
-    depend on their scale.
+    whatever `report_to` names; the console shows the overall ones. Gradients are measured as the optimizer gets them,
+    after clipping; effect and shares do not depend on their scale.
 
         trainer = Trainer(...)
         GradientStatistics(every=100).attach(trainer)
@@ -108,6 +112,9 @@ class GradientStatistics(TrainerCallback):
             log({**logs, **self._take()}, *args, **kwargs)
 
         trainer.log = log_with_statistics  # type: ignore[method-assign]
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, (PrinterCallback, ProgressCallback)):
+                callback.on_log = partial(_log_overall, callback.on_log)  # type: ignore[method-assign]
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._attached = True
@@ -129,9 +136,7 @@ class GradientStatistics(TrainerCallback):
         if state.global_step % self.every:
             return
         model: torch.nn.Module = kwargs["model"]
-        wanted = agr_parameters(unwrapped(kwargs["optimizer"]))
-        grads = [(n, p.grad) for n, p in model.named_parameters() if id(p) in wanted and p.grad is not None]
-        found = gradient_statistics(grads)
+        found = gradient_statistics(agr_gradients(model, unwrapped(kwargs["optimizer"])))
         for name, summary in found.items():
             if self.layers or name == "overall":
                 # A non-finite number is no JSON, and trackers choke on it; zeros say that a logarithm is missing.
@@ -147,17 +152,21 @@ class GradientStatistics(TrainerCallback):
         return pending
 
 
-def agr_parameters(optimizer: torch.optim.Optimizer) -> set[int]:
-    """ids of the parameters that AGR would apply to: those marked in the groups, of enough dimensions.
-
-    Groups that do not know AGR count as if they had its defaults: this is how a run of AdamW shows what AGR would do.
-    """
-    return {
-        id(param)
-        for group in optimizer.param_groups
-        for param, flag in zip(group["params"], agr_flags(group), strict=True)
-        if flag and param.ndim >= group.get("min_ndim", 2)
+def _log_overall(
+    on_log: Callable[..., Any],
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    logs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What prints logs to the console, without the layers: six numbers each, of hundreds."""
+    shown = {
+        key: value
+        for key, value in (logs or {}).items()
+        if not key.startswith("gradients/") or key.startswith("gradients/overall/")
     }
+    return on_log(args, state, control, logs=shown, **kwargs)
 
 
 class SaveOptimizerState(TrainerCallback):

@@ -9,12 +9,12 @@ import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from agr_hf.files import replaced_file, write_text
+from agr_hf.unpickled import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +167,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
     table = {
         "optimizer": type(optimizer).__name__,
         "param_groups": [
-            {key: _plain(value, f"group.{i}.{key}", tensors) for key, value in group.items()}
+            {key: encode(value, f"group.{i}.{key}", tensors) for key, value in group.items()}
             for i, group in enumerate(state["param_groups"])
         ],
         "state": {
-            str(i): {key: _plain(value, f"{i}.{key}", tensors) for key, value in entry.items()}
+            str(i): {key: encode(value, f"{i}.{key}", tensors) for key, value in entry.items()}
             for i, entry in state["state"].items()
         },
     }
@@ -184,21 +184,6 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
     with replaced_file(folder / OPTIMIZER_TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "step": steps})
     write_text(folder / OPTIMIZER_TABLE, text + "\n")
-
-
-def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        if hasattr(value, "full_tensor"):
-            value = value.full_tensor()
-        tensors[name] = value.detach().cpu().contiguous().clone()  # groups may share one learning rate
-        return {"tensor": name}
-    if isinstance(value, tuple):
-        return {"tuple": [_plain(entry, f"{name}.{i}", tensors) for i, entry in enumerate(value)]}
-    if isinstance(value, list):
-        return [_plain(entry, f"{name}.{i}", tensors) for i, entry in enumerate(value)]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str]) -> None:
@@ -223,16 +208,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
             raise ValueError(f"{OPTIMIZER_TENSORS} and {OPTIMIZER_TABLE} in {folder} are of different saves")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def restored(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "tensor" in value:
-                return tensors[value["tensor"]]
-            return tuple(restored(entry) for entry in value["tuple"])
-        return [restored(entry) for entry in value] if isinstance(value, list) else value
-
     optimizer.load_state_dict(
         {
-            "param_groups": [{key: restored(v) for key, v in group.items()} for group in table["param_groups"]],
-            "state": {int(i): {key: restored(v) for key, v in e.items()} for i, e in table["state"].items()},
+            "param_groups": [{key: decode(v, tensors) for key, v in group.items()} for group in table["param_groups"]],
+            "state": {int(i): {key: decode(v, tensors) for key, v in e.items()} for i, e in table["state"].items()},
         }
     )

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agr_hf.optim.backends.cpu import BLOCK
+from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.norms import local, reduced
 
 
@@ -34,6 +35,26 @@ class GradientSummary:
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+def agr_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """Names and gradients of the parameters that AGR would apply to: marked in the groups, and of enough dimensions.
+
+    Groups that do not know AGR count as if they had its defaults: this is how a run of AdamW shows what AGR would do.
+    """
+    wanted = {
+        id(param)
+        for group in optimizer.param_groups
+        for param, flag in zip(group["params"], agr_flags(group), strict=True)
+        if flag and param.ndim >= group.get("min_ndim", 2)
+    }
+    return [(n, p.grad) for n, p in model.named_parameters() if id(p) in wanted and p.grad is not None]
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 @torch.no_grad()

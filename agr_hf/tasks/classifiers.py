@@ -175,7 +175,14 @@ def classifier(
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
-        pretrained_cfg={"input_size": [channels, size, size], "mean": list(mean), "std": list(std)},
+        # What the image processor does: nothing but to normalise, as in evaluation; timm's default cuts 1/8 off.
+        pretrained_cfg={
+            "input_size": [channels, size, size],
+            "mean": list(mean),
+            "std": list(std),
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+        },
     )
     state = torch.random.get_rng_state()
     model = TimmWrapperForImageClassification(config)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.files import replaced_file
+from agr_hf.optim.statistics import agr_gradients, gradient_statistics, unwrapped
 from agr_hf.tasks.digits import load_digits
 from agr_hf.tasks.images import SOURCES
 
@@ -172,25 +173,45 @@ def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch
     return torch.nn.functional.mse_loss(model(noisy, timesteps).sample.float(), noise)
 
 
-class LossHistory:
-    """Mean loss and seconds of every epoch; register it with `accelerator.register_for_checkpointing`.
+class RunHistory:
+    """What a run of the DDPM script leaves to tell; register it with `accelerator.register_for_checkpointing`.
 
     Attributes:
         epochs: one mapping for each completed epoch.
         total: sum of the losses of the current epoch, float32, on the device: adding to it waits for nothing.
         seconds: of training, those before a resumption included.
+        gradients: statistics of the gradients at some steps, under the keys of `GradientStatistics`.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.epochs: list[dict[str, float]] = []
         self.total = torch.zeros((), device=device)
         self.seconds = 0.0
+        self.gradients: list[dict[str, float]] = []
+
+    def measure(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Add the statistics of the gradients that are there now; see `agr_hf.optim.statistics`."""
+        found = gradient_statistics(agr_gradients(model, unwrapped(optimizer)))
+        self.gradients.append(
+            {
+                f"gradients/{name}/{key}": value
+                for name, summary in found.items()
+                for key, value in summary.as_dict().items()
+                if value == value  # of gradients that are all zero there are no logarithms
+            }
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "total": self.total.item(), "seconds": self.seconds}
+        return {
+            "epochs": self.epochs,
+            "total": self.total.item(),
+            "seconds": self.seconds,
+            "gradients": self.gradients,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.seconds = list(state["epochs"]), state["seconds"]
+        self.gradients = list(state["gradients"])
         self.total.fill_(state["total"])
 
 

@@ -69,6 +69,11 @@ SOURCES: dict[str, ImageSource] = {
 AUGMENTATIONS = ("none", "flip-crop", "rand-augment")
 
 
+def hub_source(name: str) -> tuple[str, str] | None:
+    """Hub id and revision that a name stands for, or None."""
+    return (SOURCES[name].hub_id, SOURCES[name].revision) if name in SOURCES else None
+
+
 @dataclass(frozen=True)
 class ImageData:
     """Two data sets for Trainer, and what a model and its preprocessing must know of them."""

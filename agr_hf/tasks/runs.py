@@ -5,50 +5,82 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agr_hf.experiments.environment import environment
+from agr_hf.environment import environment
 from agr_hf.files import write_text
+from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.statistics import unwrapped
+
+if TYPE_CHECKING:
+    import torch
+
+# Data sets that come with packages.
+EMBEDDED = ("digits", "pydoc-topics")
+# What an access token looks like; and names of environment variables that hold one.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
+# Arguments that say where a run goes, not what it is.
+PRIVATE = ("hub_token", "push_to_hub_token", "hub_model_id", "logging_dir", "output_dir", "run_name")
 
 
 def write_results(
     output_dir: str | os.PathLike[str],
     *,
+    script: str,
+    argv: Sequence[str] | None,
     task: str,
     optimizer: str,
+    groups: Sequence[Mapping[str, Any]],
     seed: int,
     config: Mapping[str, Any],
+    dataset: Mapping[str, Any],
     epochs: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     seconds: float,
+    gradients: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `results.json`, whole or not at all, and return what it holds.
 
+    No absolute path, user or host name, token or environment variable is among it.
+
     Args:
         output_dir: the run's folder.
+        script: the script's file.
+        argv: its arguments; None for those of the command line.
         task: "image-classification", "albert" or "ddpm".
         optimizer: its name in `list_optimizers()`.
+        groups: what `optimizer_groups` says of it.
         seed: of the run.
-        config: every argument of the run that is not a path.
+        config: every argument of the run.
+        dataset: what `dataset_of` says.
         epochs: one mapping for each epoch or evaluation, with its "epoch" (or "step") and metrics.
         metrics: at the end.
         seconds: of training.
+        gradients: what `gradients_of` says.
     """
     results = {
         "task": task,
         "optimizer": optimizer,
         "seed": seed,
-        "command": command(),
+        "command": command(script, argv),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "commit": commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
         "metrics": metrics,
+        "dataset": dataset,
+        "optimizer_groups": groups,
+        "gradients": gradients or {},
         "epochs": list(epochs),
-        "config": config,
+        "config": {key: value for key, value in config.items() if key not in PRIVATE},
         **environment(),
     }
     results = plain(results)
@@ -57,7 +89,7 @@ def write_results(
 
 
 def plain(value: Any) -> Any:
-    """JSON of a value: numbers that are not finite become None, absolute paths their last part, the rest text."""
+    """JSON of a value: numbers that are not finite become None, the machine's paths their last part, the rest text."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -66,20 +98,41 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int)):
         return value
-    text = str(getattr(value, "value", value))
-    return Path(text).name if os.path.isabs(text) else text
+    return public(str(getattr(value, "value", value)))
 
 
-def command(argv: Sequence[str] | None = None) -> str:
-    """The command line, without the machine's paths: absolute ones keep their last part."""
-    argv = sys.argv if argv is None else argv
+def public(text: str) -> str:
+    """A text without secrets, and as its last part if it is a path that leads out of the working folder."""
+    text = without_secrets(text)
+    return Path(text).name if os.path.isabs(text) or text.startswith(("..", "~")) else text
+
+
+def secrets() -> list[str]:
+    """Values of the environment's variables that are named like a token or a password."""
+    return [value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= 8]
+
+
+def without_secrets(text: str) -> str:
+    """The text with access tokens, and whatever the environment keeps under such a name, replaced."""
+    for value in secrets():
+        text = text.replace(value, "<secret>")
+    return TOKEN.sub("<secret>", text)
+
+
+def command(script: str, argv: Sequence[str] | None = None) -> str:
+    """The command line that repeats a run: without tokens and the machine's paths, of which the last part is kept."""
     words = []
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if os.path.isabs(value):
-            word = f"{key}{equals}{Path(value).name}"
-        words.append(Path(word).name if os.path.isabs(word) else word)
-    return shlex.join(["python", *words])
+    argv = list(sys.argv[1:] if argv is None else argv)
+    while argv:
+        key, equals, value = argv.pop(0).partition("=")
+        if key.removeprefix("--") in ("hub_token", "push_to_hub_token"):
+            if not equals and argv:
+                argv.pop(0)
+            continue
+        words.append(f"{key}={public(value)}" if equals else public(key))
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    return shlex.join([*launcher, f"training_scripts/{Path(script).name}", *words])
 
 
 def commit() -> str | None:
@@ -94,6 +147,70 @@ def commit() -> str | None:
         return None
 
 
+def dataset_of(
+    name: str, examples: int, files: Sequence[str | None] = (), pinned: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """What a run was trained on, for `results.json`: of files, only their names are known to others.
+
+    Args:
+        name: as the script was given it: of a data set that comes with a package, a local folder or file, or a Hub id.
+        examples: number of training examples.
+        files: given in the place of the data set; None entries are left out.
+        pinned: Hub id and revision that the name stands for.
+    """
+    given = [Path(file).name for file in files if file is not None]
+    if given or Path(name).exists():
+        return {"name": Path(name).name, "files": given, "examples": examples}
+    hub_id, revision = pinned or (None if name in EMBEDDED else name, None)
+    return {"name": name, "hub_id": hub_id, "revision": revision, "examples": examples}
+
+
+def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Every hyperparameter of each parameter group, at the start of its schedule; and what the group holds."""
+    found = []
+    for group in unwrapped(optimizer).param_groups:
+        values = {key: value for key, value in group.items() if key not in ("params", "agr", "agr_step", "initial_lr")}
+        values["lr"] = group.get("initial_lr", group["lr"])
+        if "agr" in group:
+            values["agr"] = f"{sum(agr_flags(group))} of {len(group['params'])} tensors"
+        values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
+        counts = {"tensors": len(group["params"]), "parameters": sum(param.numel() for param in group["params"])}
+        found.append({**values, **counts})
+    return found
+
+
+def gradients_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What AGR did to the gradients in a run: means over its measurements, of the largest share the maximum.
+
+    Args:
+        entries: Trainer's `log_history`, or any mappings with the keys of `GradientStatistics`.
+
+    Returns:
+        "measurements", "overall" and "layers", each a mapping of the statistics; empty where nothing was measured.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    measurements = 0
+    for entry in entries:
+        measurements += "gradients/overall/effect" in entry
+        for key, value in entry.items():
+            if key.startswith("gradients/"):
+                name, statistic = key.removeprefix("gradients/").rsplit("/", 1)
+                values.setdefault(name, {}).setdefault(statistic, []).append(value)
+    if not measurements:
+        return {}
+    layers = {
+        name: {key: max(of) if key == "largest_share" else sum(of) / len(of) for key, of in statistics.items()}
+        for name, statistics in values.items()
+    }
+    return {"measurements": measurements, "overall": layers.pop("overall"), "layers": layers}
+
+
+def evaluation_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Trainer.evaluate` found, without the prefix and without how long it took."""
+    found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+    return {key: value for key, value in found.items() if key != "runtime" and not key.endswith("_per_second")}
+
+
 def epochs_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Trainer's log as one mapping for each epoch: the mean training loss since the last, and what evaluation found.
 
@@ -105,8 +222,7 @@ def epochs_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if "loss" in entry:
             losses.append(entry["loss"])
         if any(key.startswith("eval_") for key in entry) and not (epochs and epochs[-1]["step"] == entry["step"]):
-            found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
             loss = sum(losses) / len(losses) if losses else None
-            epochs.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": loss, **found})
+            epochs.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": loss, **evaluation_of(entry)})
             losses = []
     return epochs

@@ -169,6 +169,11 @@ def _read(path: Path) -> list[Article]:
         raise ValueError(f"{path.name!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+def hub_source(name: str) -> tuple[str, str] | None:
+    """Hub id and revision that a name is pinned to, or None."""
+    return (name, PINNED[name][1]) if name in PINNED else None
+
+
 def _from_hub(name: str, split: str, config: str | None) -> Sequence[str]:
     from datasets import load_dataset
 

@@ -43,7 +43,7 @@ def test_results_have_what_is_needed_to_repeat_the_run(tmp_path, monkeypatch):
     results = json.loads(text)
     assert results["task"] == "image-classification"
     assert results["seed"] == 7
-    assert results["command"].startswith("python train_image_classifier.py --output_dir ")
+    assert results["command"].startswith("python training_scripts/train_image_classifier.py --output_dir ")
     assert "--optim_args agr_steps=20" in results["command"]
     assert results["config"]["model_name"] == "mlp"
     assert results["config"]["parameters"] > 0

@@ -1,0 +1,327 @@
+"""Model cards and curves, from a run's `results.json` and nothing else."""
+
+from __future__ import annotations
+
+import html
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agr_hf.optim.registry import OPTIMIZERS
+
+CITATION = """@misc{agr2024,
+  title = {Adaptive Gradient Regularization: A Faster and Generalizable Optimization Technique for Deep Neural
+    Networks},
+  author = {Jiang, Huixiu and Yang, Ling and Bao, Yu and Si, Rutong and Yang, Sikun},
+  year = {2024},
+  eprint = {2407.16944},
+  archivePrefix = {arXiv}
+}
+@misc{adal2021,
+  title = {AdaL: Adaptive Gradient Transformation Contributes to Convergences and Generalizations},
+  author = {Zhang, Hongwei and Zou, Weidong and Zhao, Hongbo and Ming, Qi and Yan, Tijin and Xia, Yuanqing and Cao, Weipeng},
+  year = {2021},
+  eprint = {2107.01525},
+  archivePrefix = {arXiv}
+}"""
+LAYERS_SHOWN = 10
+# What the Hub takes for the id of a data set, and for a tag.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What cards say of one workload.
+
+    Attributes:
+        what: the model, in words.
+        library, pipeline: as the Hub names them.
+        split: that the metrics are of.
+        metrics: the names of the metrics that the Hub shows, by their key in `results.json`; the first is the main one.
+        usage: Python that loads the model, with {repo_id} in it.
+    """
+
+    what: str
+    library: str
+    pipeline: str
+    split: str
+    metrics: Mapping[str, str]
+    usage: str
+
+
+TASKS: dict[str, Task] = {
+    "image-classification": Task(
+        what="An image classifier",
+        library="transformers",
+        pipeline="image-classification",
+        split="test",
+        metrics={"accuracy": "Top-1 accuracy", "top5_accuracy": "Top-5 accuracy", "loss": "Test loss"},
+        usage="""from agr_hf.tasks.classifiers import register_small_image_models
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+register_small_image_models()  # networks for small images are timm's with other stems
+processor = AutoImageProcessor.from_pretrained({repo_id})
+model = AutoModelForImageClassification.from_pretrained({repo_id})""",
+    ),
+    "albert": Task(
+        what="An ALBERT, for masked words and the order of sentences,",
+        library="transformers",
+        pipeline="fill-mask",
+        split="validation",
+        metrics={
+            "sop_accuracy": "Sentence-order accuracy",
+            "masked_accuracy": "Masked accuracy",
+            "perplexity": "Perplexity of masked pieces",
+            "loss": "Validation loss",
+        },
+        usage="""from transformers import AlbertForPreTraining, AutoTokenizer
+
+model = AlbertForPreTraining.from_pretrained({repo_id})
+tokenizer = AutoTokenizer.from_pretrained({repo_id})""",
+    ),
+    "ddpm": Task(
+        what="A diffusion model of images",
+        library="diffusers",
+        pipeline="unconditional-image-generation",
+        split="train",
+        metrics={"fid": "FID", "inception_score": "Inception score", "loss": "Training loss"},
+        usage="""from diffusers import DDIMPipeline
+
+pipeline = DDIMPipeline.from_pretrained({repo_id})
+images = pipeline(batch_size=16, num_inference_steps=100).images""",
+    ),
+}
+
+
+def model_card(
+    results: Mapping[str, Any],
+    repo_id: str,
+    *,
+    curves: bool = False,
+    samples: str | None = None,
+    resumable: bool = False,
+) -> str:
+    """The text of README.md for a run.
+
+    Args:
+        results: what `read_results` gives.
+        repo_id: where it is published.
+        curves: whether `curves.png` is beside it.
+        samples: path of a grid of samples beside it.
+        resumable: whether the training state is published.
+
+    Raises:
+        ValueError: the results are of a task that cards do not know.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    task = task_of(results)
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # text is escaped by the filters
+    environment.filters.update(md=_markdown, code=_code, number=_number)
+    template = importlib.resources.files("agr_hf.model_cards").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    optimizer = results["optimizer"]
+    info = OPTIMIZERS.get(optimizer)
+    gradients = results.get("gradients") or {}
+    layers = sorted(gradients.get("layers", {}).items(), key=lambda item: -(item[1].get("effect") or 0.0))
+    layers = [(name, {"log_mean": None, "log_std": None, **layer}) for name, layer in layers]
+    return environment.from_string(template).render(
+        metadata=metadata(results, repo_id),
+        title=title(results),
+        task={"what": task.what, "usage": task.usage.format(repo_id=json.dumps(repo_id))},
+        optimizer=info.title if info else optimizer,
+        source=info.source if info else "Trainer's own",
+        dataset=_dataset_words(results.get("dataset") or {}),
+        metrics=[(name, value) for name, value in _metrics(task, results["metrics"]) if value is not None],
+        curves=curves,
+        samples=samples,
+        uses_agr=optimizer.startswith("agr_"),
+        gradients=gradients,
+        layers=layers[:LAYERS_SHOWN],
+        hidden=max(len(layers) - LAYERS_SHOWN, 0),
+        groups=[
+            {
+                "tensors": group["tensors"],
+                "parameters": group["parameters"],
+                "options": [(key, value) for key, value in group.items() if key not in ("tensors", "parameters")],
+            }
+            for group in results.get("optimizer_groups", [])
+        ],
+        command=_one_line(results["command"]).replace("```", "` ` `"),
+        repo_id=repo_id,
+        resumable=resumable,
+        conditions=_conditions(results),
+        citation=CITATION,
+    )
+
+
+def task_of(results: Mapping[str, Any]) -> Task:
+    """The workload of a run's results; ValueError where cards do not know it."""
+    if results["task"] not in TASKS:
+        raise ValueError(f"there is no card for the task {results['task']!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[results["task"]]
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """A name for people: model, data, optimizer."""
+    config = results["config"]
+    model = config.get("model_name") or (f"U-Net {config['unet']}" if config.get("unet") else "ALBERT")
+    info = OPTIMIZERS.get(results["optimizer"])
+    name = (results.get("dataset") or {}).get("name", "its data")
+    return f"{model} on {name}, {info.title if info else results['optimizer']}"
+
+
+def metadata(results: Mapping[str, Any], repo_id: str) -> str:
+    """The YAML header, as the Hub understands it: valid whatever the names in it are."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task, dataset = task_of(results), results.get("dataset") or {}
+    hub_id = dataset.get("hub_id")
+    hub_id = hub_id if hub_id and HUB_ID.fullmatch(hub_id) else None
+    name = _one_line(dataset.get("name") or "unknown")
+    evaluations = [
+        EvalResult(
+            task_type=task.pipeline,
+            dataset_type=hub_id or re.sub(r"[^\w.]+", "-", name).strip("-"),
+            dataset_name=name,
+            dataset_split=task.split,
+            dataset_revision=dataset.get("revision") if hub_id else None,
+            metric_type=re.sub(r"[^\w.\-]", "_", key),
+            metric_name=label,
+            metric_value=value,
+        )
+        for key, label, value in shown_metrics(task, results["metrics"])
+    ]
+    base = results["config"].get("model_name_or_path")
+    data = ModelCardData(
+        library_name=task.library,
+        pipeline_tag=task.pipeline,
+        tags=[tag for tag in ("agr-hf", results["optimizer"], results["task"]) if HUB_ID.fullmatch(tag)],
+        datasets=[hub_id] if hub_id else None,
+        metrics=[evaluation.metric_type for evaluation in evaluations if evaluation.metric_type != "loss"] or None,
+        base_model=base if base and HUB_ID.fullmatch(base) else None,
+        model_name=repo_id.split("/")[-1] if evaluations else None,
+        eval_results=evaluations or None,
+    )
+    return data.to_yaml().strip()
+
+
+def evaluation_file(results: Mapping[str, Any]) -> str | None:
+    """`.eval_results/agr_hf.yaml`: the main metric on a data set of the Hub; None where there is no such data set."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    task, dataset = task_of(results), results.get("dataset") or {}
+    shown = shown_metrics(task, results["metrics"])
+    hub_id = dataset.get("hub_id")
+    if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown:
+        return None
+    key, label, value = shown[0]
+    entry = EvalResultEntry(
+        dataset_id=hub_id,
+        task_id=f"{task.pipeline}_{key}",
+        value=value,
+        dataset_revision=dataset.get("revision"),
+        date=results.get("finished"),
+        notes=f"{label} on the {task.split} split, one run with seed {results.get('seed')}",
+    )
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def draw_curves(results: Mapping[str, Any], path: Any) -> bool:
+    """Loss and metrics by epoch as PNG; False where there are fewer than two epochs."""
+    from matplotlib.figure import Figure
+
+    epochs = results["epochs"]
+    if len(epochs) < 2:
+        return False
+    task = task_of(results)
+    losses = {"train_loss": "training loss", "loss": "loss"}
+    panels = [list(losses.items())]
+    panels += [[(key, label)] for key, label in task.metrics.items() if key != "loss"]
+    drawn = []
+    for panel in panels:
+        series = [
+            (label, [(e["epoch"], e[key]) for e in epochs if isinstance(e.get(key), (int, float))])
+            for key, label in panel
+        ]
+        series = [(label, points) for label, points in series if points]
+        if series:
+            drawn.append(series)
+    if not drawn:
+        return False
+    figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
+    for axes, series in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for label, points in series:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return True
+
+
+def shown_metrics(task: Task, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Key, label and value of the metrics that the Hub shows, finite numbers only."""
+    labels = dict(task.metrics)
+    labels |= {key: f"Fréchet distance, {key[17:]}" for key in metrics if key.startswith("frechet_distance_")}
+    order = sorted(labels, key=lambda key: key == "loss")
+    return [
+        (key, labels[key], metrics[key])
+        for key in order
+        if isinstance(metrics.get(key), (int, float)) and not isinstance(metrics[key], bool)
+    ]
+
+
+def _metrics(task: Task, metrics: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Every metric of the run: those that the Hub shows first."""
+    shown = shown_metrics(task, metrics)
+    keys = {key for key, _, _ in shown}
+    return [(label, value) for _, label, value in shown] + [(k, v) for k, v in metrics.items() if k not in keys]
+
+
+def _dataset_words(dataset: Mapping[str, Any]) -> str:
+    name = dataset.get("name") or "unknown data"
+    words = f"{name} ({dataset['examples']:,} training examples)" if dataset.get("examples") else name
+    return f"{words} from {', '.join(dataset['files'])}" if dataset.get("files") else words
+
+
+def _conditions(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    versions = results.get("versions") or {}
+    seconds = results.get("seconds")
+    rows = {
+        "seed": results.get("seed"),
+        "finished": results.get("finished"),
+        "training time": f"{seconds:,.0f} s" if isinstance(seconds, (int, float)) else None,
+        "device": results.get("device"),
+        "processes": results.get("processes"),
+        "threads": results.get("torch_threads"),
+        "commit of agr_hf": results.get("commit"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
+    }
+    return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def _one_line(value: Any) -> str:
+    """Text without line breaks and other control characters."""
+    return re.sub(r"[\x00-\x1f\x7f\u0085\u2028\u2029]+", " ", str(value)).strip()
+
+
+def _markdown(value: Any) -> str:
+    """Text that stays text in Markdown: no markup, no HTML, no new cell of a table."""
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(_one_line(value), quote=False))
+
+
+def _code(value: Any) -> str:
+    """A code span of any text."""
+    text = _one_line(value).replace("|", "\\|")
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "–" if value is None else _markdown(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,120 @@
+"""What of a run's folder is published, and in what words."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from agr_hf.tasks.runs import TOKEN, public, secrets
+
+# Weights are published as safetensors only: never what must be unpickled, and no event files, whose names hold a host's.
+KINDS = (".safetensors", ".json", ".txt", ".model", ".png", ".jinja")
+# Folders at the top of a run: components of a diffusers pipeline, samples, an exported checkpoint.
+FOLDERS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "samples", "training_state")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "model_index.json")
+# Keys of transformers' and diffusers' JSON files whose values may be this machine's paths.
+PATH_KEYS = re.compile(r"(_or_path|_file|_dir|_path|checkpoint)$")
+# Made by push itself.
+MADE = ("README.md", "curves.png", ".eval_results/agr_hf.yaml")
+
+
+def is_published(path: str) -> bool:
+    """Whether a path, relative to the run and with forward slashes, is of a kind that a push puts on the Hub."""
+    parts = PurePosixPath(path).parts
+    if path in MADE:
+        return True
+    if not parts or any(part.startswith(".") or part in ("", "..") for part in parts) or path.startswith("/"):
+        return False
+    return PurePosixPath(path).suffix in KINDS and (len(parts) == 1 or parts[0] in FOLDERS)
+
+
+def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a run to be published, by their path in the repository.
+
+    Raises:
+        ValueError: the folder holds no finished run; the message says what is missing.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is no folder; pass the --output_dir of a finished run")
+    files = {
+        path.relative_to(run_dir).as_posix(): path
+        for folder in (run_dir, *(run_dir / name for name in FOLDERS))
+        if folder.is_dir() and not folder.is_symlink()
+        for path in sorted(folder.rglob("*") if folder != run_dir else folder.iterdir())
+        if path.is_file() and not path.is_symlink()
+    }
+    files = {name: path for name, path in files.items() if is_published(name) and name not in MADE}
+    if "results.json" not in files:
+        raise ValueError(
+            f"{run_dir} has no results.json: the run did not finish; start it again with --resume_from_checkpoint latest"
+        )
+    if not any(name in files for name in WEIGHTS):
+        raise ValueError(f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json")
+    return files
+
+
+def read_results(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+    """A run's `results.json`, from a folder, a file or its bytes.
+
+    Raises:
+        ValueError: it is not there or not whole; the message says which.
+    """
+    if isinstance(source, bytes):
+        name, text = "results.json", source.decode("utf-8", errors="replace")
+    else:
+        path = Path(source)
+        path = path / "results.json" if path.is_dir() else path
+        name = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+    try:
+        results = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    needed = {"task": str, "optimizer": str, "command": str, "metrics": dict, "config": dict, "epochs": list}
+    for key, kind in needed.items():
+        if not isinstance(results, dict) or not isinstance(results.get(key), kind):
+            raise ValueError(f"{name} has no {key!r}: it is not of a run of agr_hf's training scripts")
+    return results
+
+
+def public_bytes(name: str, path: Path) -> bytes | Path:
+    """What is published of a file: its path, or for JSON that names this machine's paths other bytes.
+
+    Raises:
+        ValueError: the file holds a token or another secret of the environment.
+    """
+    content: bytes | Path = path
+    if path.suffix == ".json":
+        raw = path.read_bytes()
+        try:
+            value = json.loads(raw)
+        except ValueError:
+            raise ValueError(f"{name} is cut short or no JSON; nothing was pushed") from None
+        cleaned = _without_paths(value)
+        if name.endswith("trainer_state.json") and cleaned.get("best_model_checkpoint"):
+            cleaned["best_model_checkpoint"] = None  # a path of this machine
+        content = raw if cleaned == value else json.dumps(cleaned, indent=2).encode() + b"\n"
+    refuse_secrets(name, content if isinstance(content, bytes) else content.read_bytes())
+    return content
+
+
+def _without_paths(value: Any, key: str = "") -> Any:
+    """Only where a path is meant: "/" may be a piece of a vocabulary."""
+    if isinstance(value, dict):
+        return {name: _without_paths(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry, key) for entry in value]
+    return public(value) if isinstance(value, str) and PATH_KEYS.search(key) else value
+
+
+def refuse_secrets(name: str, content: bytes) -> None:
+    """Raise ValueError if a token, or what the environment keeps under such a name, is in a file to be published."""
+    if any(value.encode() in content for value in secrets()) or re.search(TOKEN.pattern.encode(), content):
+        raise ValueError(f"{name} holds an access token or another secret; nothing was pushed: take it out first")

@@ -1,0 +1,189 @@
+"""A run on the Hub, in one commit: the old revision or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
+from agr_hf.hub.contents import is_published, public_bytes, read_results, refuse_secrets, run_files
+from agr_hf.hub.patience import persistently
+from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from transformers import TrainingArguments
+
+
+def push_run(
+    run_dir: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    with_training_state: bool = False,
+    message: str | None = None,
+    api: HfApi | None = None,
+) -> str:
+    """Publish a finished run: model, card, results, curves and samples, in one commit.
+
+    Files of an earlier push that this run does not have are removed in the same commit; what else is in the repository
+    stays. Uploads that a failure interrupts are taken up again, and files that the Hub has already are not sent twice. The
+    run's folder is only read.
+
+    Args:
+        run_dir: the --output_dir of a training script.
+        repo_id: "name", "user/name" or "organisation/name"; made if it is not there.
+        private: visibility of a new repository. Default: the Hub's, public or as the organisation has it.
+        revision: a branch, made if it is not there. Default: main.
+        create_pr: open a pull request instead of writing to the branch.
+        with_training_state: publish the newest checkpoint too, without pickle, so that `agr-hf resume` can train on.
+        message: first line of the commit. Default: what the run is.
+        api: a client with an endpoint and token of its own. Default: the user's.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        ValueError: the folder holds no finished run, or a token; nothing was sent.
+        ConnectionError: the Hub refused, or failed again and again; the message says what to do. The branch is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    api = api or HfApi()
+    if "/" not in repo_id:
+        user = persistently(f"{repo_id} was not pushed", lambda _: api.whoami()["name"])
+        repo_id = f"{user}/{repo_id}"
+    with tempfile.TemporaryDirectory() as temporary:
+        contents = prepare(run_dir, repo_id, Path(temporary), with_training_state)
+        results = read_results(run_dir)
+        message = message or f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
+        digest = _digest(contents)
+
+        def attempt(number: int) -> str:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision not in (None, "main") and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return _commit(api, repo_id, contents, revision, create_pr, message, digest, repeated=number > 0)
+
+        return persistently(f"{repo_id} was not pushed", attempt)
+
+
+def prepare(
+    run_dir: str | os.PathLike[str], repo_id: str, temporary: Path, with_training_state: bool = False
+) -> dict[str, bytes | Path]:
+    """Everything that a push puts on the Hub, by path: contents, or where they are. Nothing is sent.
+
+    Raises:
+        ValueError: see `push_run`.
+    """
+    results = read_results(run_dir)
+    files = run_files(run_dir)
+    if with_training_state:
+        checkpoint = newest_checkpoint(run_dir)
+        if checkpoint is None:
+            raise ValueError(
+                f"{run_dir} has no complete checkpoint to publish; train with checkpoints (--save_strategy epoch), or push "
+                "without the training state"
+            )
+        export_checkpoint(checkpoint, temporary / FOLDER)
+        files = {name: path for name, path in files.items() if not name.startswith(f"{FOLDER}/")}
+        files |= {f"{FOLDER}/{path.name}": path for path in sorted((temporary / FOLDER).iterdir())}
+    contents = {name: public_bytes(name, path) for name, path in files.items()}
+    curves = draw_curves(results, temporary / "curves.png")
+    if curves:
+        contents["curves.png"] = temporary / "curves.png"
+    samples = sorted(name for name in files if name.startswith("samples/") and name.endswith(".png"))
+    card = model_card(
+        results,
+        repo_id,
+        curves=curves,
+        samples=samples[-1] if samples else None,
+        resumable=any(name.startswith(f"{FOLDER}/") for name in contents),
+    )
+    contents["README.md"] = card.encode()
+    evaluation = evaluation_file(results)
+    if evaluation:
+        contents[".eval_results/agr_hf.yaml"] = evaluation.encode()
+    for name in ("README.md", ".eval_results/agr_hf.yaml"):
+        if name in contents:
+            refuse_secrets(name, contents[name])  # type: ignore[arg-type]
+    return contents
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    contents: Mapping[str, bytes | Path],
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+    digest: str,
+    repeated: bool,
+) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    if create_pr and repeated:
+        # The answer to the last attempt was lost, but perhaps not its effect.
+        for discussion in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
+            if discussion.title == message:
+                head = api.list_repo_commits(repo_id, revision=discussion.git_reference)[0]
+                if digest in head.message:
+                    return discussion.url
+    # What the deletions are worked out from must be what the commit is put upon: the Hub refuses it otherwise.
+    parent = api.repo_info(repo_id, revision=revision).sha
+    there = api.list_repo_files(repo_id, revision=parent)
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    operations += [
+        CommitOperationDelete(name, is_folder=False) for name in there if is_published(name) and name not in contents
+    ]
+    commit = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=message,
+        commit_description=f"Contents {digest}",
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=parent,
+    )
+    return commit.pr_url or commit.commit_url
+
+
+def _digest(contents: Mapping[str, bytes | Path]) -> str:
+    """A fingerprint of the files of a push."""
+    total = hashlib.sha256()
+    for name, content in sorted(contents.items()):
+        with open(content, "rb") if isinstance(content, Path) else tempfile.SpooledTemporaryFile() as file:
+            if isinstance(content, bytes):
+                file.write(content)
+                file.seek(0)
+            total.update(json.dumps([name, hashlib.file_digest(file, "sha256").hexdigest()]).encode())
+    return total.hexdigest()[:16]
+
+
+def take_over_push(args: TrainingArguments, with_training_state: bool = False) -> dict[str, Any] | None:
+    """Trainer's `--push_to_hub` and `--hub_*` as arguments of `push_run`; None where nothing is to be pushed.
+
+    Trainer pushes at every save, and its own card. From here on it does not: a script pushes once, when the run is whole.
+
+    Raises:
+        ValueError: there is neither --hub_model_id nor a name in --output_dir.
+    """
+    if not args.push_to_hub:
+        return None
+    from huggingface_hub import HfApi
+
+    args.push_to_hub = False
+    return {
+        "repo_id": args.hub_model_id or Path(args.output_dir or ".").resolve().name,
+        "private": args.hub_private_repo,
+        "revision": args.hub_revision,
+        "with_training_state": with_training_state,
+        "api": HfApi(token=args.hub_token) if args.hub_token else None,
+    }

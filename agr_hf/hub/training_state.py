@@ -1,0 +1,105 @@
+"""A checkpoint that others can continue from: Trainer's or accelerate's folder, without pickle.
+
+A published folder `training_state` holds every file of the checkpoint: safetensors and JSON as they are, torch's pickles as
+JSON and safetensors of the same name (`agr_hf.unpickled`), in the order of their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agr_hf import unpickled
+from agr_hf.files import replaced_folder, write_text
+from agr_hf.integrations.accelerate import numbered_checkpoints
+from agr_hf.integrations.checkpoints import latest_checkpoint
+
+FOLDER = "training_state"
+# The index: the checkpoint's name, and of each pickle its own name.
+INDEX = "checkpoint.json"
+PICKLES = (".pt", ".pth", ".bin", ".pkl")
+# Trainer writes its arguments for the record and never reads them.
+LEFT_OUT = ("training_args.bin",)
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+
+
+def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a run, Trainer's or accelerate's, or None."""
+    newest = max(numbered_checkpoints(Path(run_dir)), default=None)
+    if newest and list(newest[1].glob("random_states_*.pkl")):
+        return newest[1]  # accelerate's: save_checkpoint gives a folder its name when it is complete
+    return latest_checkpoint(run_dir)
+
+
+def export_checkpoint(checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Write a checkpoint as safetensors and JSON into `folder`.
+
+    Raises:
+        ValueError: a file cannot be written without pickle; the message names it.
+    """
+    checkpoint, folder = Path(checkpoint), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pickles = []
+    for path in sorted(checkpoint.iterdir()):
+        if path.name in LEFT_OUT:
+            continue
+        if path.suffix not in PICKLES:
+            if path.is_dir():
+                raise ValueError(
+                    f"{checkpoint.name} is sharded over processes ({path.name}); only whole checkpoints are published"
+                )
+            shutil.copyfile(path, folder / path.name)
+            continue
+        try:
+            with torch.serialization.safe_globals(_numpy_globals()):
+                value = torch.load(path, map_location="cpu", weights_only=True)
+            unpickled.save(value, folder / path.name)
+        except Exception as error:  # an unpickler raises whatever the file makes it raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{checkpoint.name}/{path.name} cannot be written without pickle: {reason}") from None
+        pickles.append(path.name)
+    write_text(folder / INDEX, json.dumps({"name": checkpoint.name, "pickles": pickles}) + "\n")
+
+
+def import_checkpoint(folder: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:
+    """Make a checkpoint under `output_dir` again of what `export_checkpoint` wrote. Nothing from outside is unpickled.
+
+    Returns:
+        The checkpoint's folder; an older one of the same name is replaced.
+
+    Raises:
+        ValueError: the folder is not what `export_checkpoint` writes.
+    """
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        name, pickles = str(index["name"]), [str(pickle) for pickle in index["pickles"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no published training state: {error}") from None
+    for text in (name, *pickles):
+        if not NAME.fullmatch(text):
+            raise ValueError(f"{folder / INDEX} names {text!r}, which is no file name of a checkpoint")
+    with replaced_folder(Path(output_dir) / name) as temporary:
+        made = {INDEX}
+        for pickle in pickles:
+            if Path(pickle).suffix not in PICKLES:
+                raise ValueError(f"{folder / INDEX} names {pickle!r}, which is no file of torch.save")
+            torch.save(unpickled.load(folder / pickle), temporary / pickle)
+            made |= {f"{pickle}.json", f"{pickle}.safetensors"}
+        for path in folder.iterdir():
+            if path.name not in made and path.suffix in (".safetensors", ".json"):
+                shutil.copyfile(path, temporary / path.name)
+    return Path(output_dir) / name
+
+
+def _numpy_globals() -> list[Any]:
+    """What numpy's arrays are made of: random states hold some."""
+    import numpy as np
+
+    return [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]

@@ -1,0 +1,153 @@
+"""Cards: everything from results.json, valid YAML and inert text whatever the names contain."""
+
+import re
+
+import pytest
+import yaml
+from example_runs import made_up
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import EvalResult
+
+from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
+from agr_hf.hub.contents import read_results
+
+HOSTILE = [
+    "a: b\n---\nevil: true",
+    "<script>alert(1)</script>",
+    "| cell | [link](http://x) ![i](http://y)",
+    "`code` ``` fence",
+    "{{ 7 * 7 }} {% raw %}",
+    "# heading\r\n- list\x00\x1b[31m",
+    "null",
+    "*bold* _under_ ~strike~ $x$",
+    "é 日本 \u2028 🤗",
+    "!!python/object/apply:os.system ['x']",
+    "' \" \\ % @ &a *a",
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    return read_results(made_up(tmp_path / "run", 9.0))
+
+
+def header(card):
+    return yaml.safe_load(card.removeprefix("---\n").split("\n---\n", 1)[0])
+
+
+def test_the_header_is_what_the_hub_reads(results):
+    data = ModelCard(model_card(results, "tester/run")).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "image-classification"
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert set(data.tags) >= {"agr-hf", "agr_adamw"}
+    assert data.metrics == ["accuracy"]
+    found = {e.metric_type: e for e in data.eval_results}
+    assert isinstance(found["accuracy"], EvalResult)
+    assert found["accuracy"].metric_value == results["metrics"]["accuracy"]
+    assert found["accuracy"].dataset_revision == "0b27149"
+    assert found["accuracy"].dataset_split == "test"
+    assert found["loss"].metric_value == results["metrics"]["loss"]
+
+
+def test_the_newer_evaluation_file(results):
+    (entry,) = yaml.safe_load(evaluation_file(results))
+    assert entry["dataset"] == {
+        "id": "uoft-cs/cifar10", "task_id": "image-classification_accuracy", "revision": "0b27149",
+    }  # fmt: skip
+    assert entry["value"] == results["metrics"]["accuracy"]
+    results["dataset"]["hub_id"] = None
+    assert evaluation_file(results) is None
+
+
+def test_the_body_says_what_the_run_was(results):
+    card = model_card(results, "tester/run", curves=True, samples="samples/epoch-0009.png", resumable=True)
+    for text in (
+        results["command"],
+        "| Top-1 accuracy | 0.9 |",
+        "| fc.weight | 0.01 | 0.1 | -3 ± 1 |",
+        "AGR took 1% of",
+        "`betas` `[0.9, 0.999]`",
+        "![Loss and metrics by epoch](curves.png)",
+        "samples/epoch-0009.png",
+        "agr-hf resume tester/run",
+        "2407.16944",
+        "2107.01525",
+        "torch " + results["versions"]["torch"],
+        "| seed | 0 |",
+    ):
+        assert text in card, text
+    plain = model_card(results, "tester/run")
+    assert "curves.png" not in plain
+    assert "agr-hf resume" not in plain
+    results["optimizer"] = "adamw"
+    assert "AGR would have taken 1% of" in model_card(results, "tester/run")
+    results["gradients"] = {}
+    assert "Not measured in this run" in model_card(results, "tester/run")
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_stay_text(text, results):
+    results["optimizer"] = results["seed"] = results["device"] = results["commit"] = text
+    results["dataset"] = {"name": text, "hub_id": text, "revision": text, "files": [text], "examples": 3}
+    results["config"] = {"model_name": text, "model_name_or_path": text, "learning_rate": 1e-3}
+    results["versions"] = {text: text}
+    results["metrics"] = {"accuracy": 0.5, text: text, "loss": None}
+    results["gradients"]["layers"] = {text: {"effect": 0.1, "largest_share": 0.2}}
+    results["optimizer_groups"] = [{text: text, "tensors": 1, "parameters": 2}]
+    results["command"] = f"python training_scripts/x.py {text}"
+    card = model_card(results, "tester/run")
+    data = header(card)
+    assert set(data) <= {"library_name", "pipeline_tag", "tags", "metrics", "model-index", "base_model", "datasets"}
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    body = card.split("\n---\n", 1)[1]
+    assert "\n---" not in body
+    assert "\x00" not in card
+    assert "\x1b" not in card
+    # As the Hub renders it: no element that the same card has not with a plain word in all those places.
+    ordinary = with_word(results, text)
+    assert elements(body) == elements(model_card(ordinary, "tester/run").split("\n---\n", 1)[1])
+
+
+def with_word(value, text):
+    """The same results with an ordinary word in the places of a text."""
+    if isinstance(value, dict):
+        return {with_word(key, text): with_word(entry, text) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_word(entry, text) for entry in value]
+    return value.replace(text, "word") if isinstance(value, str) else value
+
+
+def elements(body):
+    """The HTML elements of rendered Markdown, in order."""
+    markdown = pytest.importorskip("markdown_it", reason="markdown-it-py is missing: pip install 'agr-hf[test]'")
+    return re.findall(r"</?[a-zA-Z]\w*", markdown.MarkdownIt("gfm-like", {"linkify": False}).render(body))
+
+
+def test_a_task_without_a_card_is_said(results):
+    results["task"] = "functions"
+    with pytest.raises(ValueError, match="there is no card for the task 'functions'"):
+        model_card(results, "tester/run")
+
+
+def test_curves_need_two_epochs(results, tmp_path):
+    assert draw_curves(results, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    results["epochs"] = results["epochs"][:1]
+    assert not draw_curves(results, tmp_path / "y.png")
+
+
+@pytest.mark.parametrize("task", ["image-classification", "albert", "ddpm"])
+def test_cards_of_real_runs_hold_their_numbers(task, trained):
+    results = read_results(trained[task])
+    card = model_card(results, "tester/run")
+    assert results["command"] in card
+    assert ModelCard(card).data.eval_results[0].metric_value == pytest.approx(
+        next(
+            iter(v for k, v in results["metrics"].items() if k in ("accuracy", "sop_accuracy")),
+            results["metrics"]["loss"],
+        )
+    )
+    assert results["gradients"]["measurements"] >= 1
+    assert results["gradients"]["layers"]
+    assert ("AGR took" if results["optimizer"].startswith("agr") else "AGR would have taken") in card

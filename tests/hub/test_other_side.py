@@ -1,0 +1,263 @@
+"""Train, push, delete, load on the other side; resume and reproduce there; a table over it all."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from example_runs import SMALL, contents, made_up, train
+
+from agr_hf.experiments import rerun
+from agr_hf.experiments.leaderboard import collect, leaderboard
+from agr_hf.hub.download import download_run
+from agr_hf.hub.push import push_run
+
+# Outputs of a published model on inputs that need no data, as bytes in hexadecimal.
+LOAD = {
+    "image-classification": """
+from agr_hf.tasks.classifiers import register_small_image_models
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+register_small_image_models()
+processor = AutoImageProcessor.from_pretrained(SOURCE)
+model = AutoModelForImageClassification.from_pretrained(SOURCE).eval()
+outputs = model(pixel_values=torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)).logits
+""",
+    "albert": """
+from transformers import AlbertForPreTraining, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(SOURCE)
+model = AlbertForPreTraining.from_pretrained(SOURCE).eval()
+outputs = model(**tokenizer("The value of the expression.", "It is a list.", return_tensors="pt")).sop_logits
+""",
+    "ddpm": """
+from diffusers import DDIMPipeline
+pipeline = DDIMPipeline.from_pretrained(SOURCE)
+outputs = torch.from_numpy(pipeline(2, generator=torch.manual_seed(0), num_inference_steps=3, output_type="np").images)
+""",
+}
+
+
+def outputs(task, source, environment):
+    """What a process of its own gets from a folder or a repository."""
+    code = (
+        f"import torch\nSOURCE = {str(source)!r}\n{LOAD[task]}\nprint('OUT', outputs.detach().numpy().tobytes().hex())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return re.search(r"OUT (\w+)", run.stdout)[1]
+
+
+@pytest.mark.parametrize("task", list(SMALL))
+def test_a_run_published_by_its_script_loads_on_the_other_side(task, trained, hub, tmp_path):
+    """`--push_to_hub` of the script itself, through the real clients; then the local copy is gone."""
+    here = {
+        **os.environ,
+        **hub.environment(tmp_path / "publisher"),
+        "HF_HUB_OFFLINE": "0",
+        "PLANTED_API_KEY": "sesame-sesame",
+    }
+    flag = ["--push_to_hub"] if task == "ddpm" else ["--push_to_hub", "true"]
+    run = train(task, tmp_path / "run", *flag, "--hub_model_id", f"lab/{task}", environment=here)
+    expected = outputs(task, run, here)
+    assert outputs(task, trained[task], here) == expected  # the same seed
+    shutil.rmtree(run)
+    there = {**os.environ, **hub.environment(tmp_path / "reader"), "HF_HUB_OFFLINE": "0"}
+    assert outputs(task, f"lab/{task}", there) == expected
+    assert len(hub.commits(f"lab/{task}")) == 2
+    assert_nothing_private(hub, f"lab/{task}", tmp_path)
+
+
+def assert_nothing_private(hub, repo, folder):
+    """No token, secret, absolute path, host or user name in any file or commit of a repository."""
+    import getpass
+    import socket
+
+    said = {f"commit {c.oid}": f"{c.title}\n{c.description}".encode() for c in hub.commits(repo)} | hub.files(repo)
+    private = [hub.token, "sesame-sesame", str(folder), os.path.expanduser("~") + "/"]
+    # Short ones, such as "root", are in many a word.
+    private += [text for text in (socket.gethostname(), getpass.getuser()) if len(text) > 5]
+    for name, content in said.items():
+        for text in private:
+            assert text.encode() not in content, (name, text)
+            assert text not in name
+
+
+@pytest.mark.parametrize("task", list(SMALL))
+def test_a_published_run_resumes_with_the_bits_of_a_local_one(task, trained, hub, tmp_path, monkeypatch):
+    """Two epochs are published; two more are trained from the Hub's state, and from the local checkpoint."""
+    push_run(trained[task], f"lab/{task}", with_training_state=True, api=hub.api())
+    assert not [name for name in hub.files(f"lab/{task}") if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+    more = ["--num_epochs" if task == "ddpm" else "--num_train_epochs", "4"]
+    local = shutil.copytree(trained[task], tmp_path / "local")
+    checkpoint = max(local.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    (local / "results.json").unlink()
+    train(task, local, *more, "--resume_from_checkpoint", str(checkpoint))
+    rerun.resume(f"lab/{task}", tmp_path / "remote", more, api=hub.api())
+    weights = {
+        folder: contents(folder / ("unet" if task == "ddpm" else "."))
+        for folder in (local, tmp_path / "remote", trained[task])
+    }
+    (name,) = (n for n in weights[local] if n.endswith(".safetensors") and "/" not in n)
+    assert weights[local][name] == weights[tmp_path / "remote"][name]
+    assert weights[local][name] != weights[trained[task]][name]
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (local, tmp_path / "remote"))
+    assert [epoch["loss"] for epoch in one["epochs"]] == [epoch["loss"] for epoch in other["epochs"]]
+    assert len(one["epochs"]) == 4
+
+
+def test_what_was_published_without_state_cannot_be_resumed(hub, tmp_path):
+    push_run(made_up(tmp_path / "run"), "lab/run", api=hub.api())
+    with pytest.raises(ValueError, match="was published without its training state"):
+        rerun.resume("lab/run", tmp_path / "out", api=hub.api())
+
+
+def test_a_run_is_reproduced_to_the_bit_and_both_results_are_shown(trained, hub, tmp_path, capfd):
+    push_run(trained["image-classification"], "lab/run", api=hub.api())
+    rows = rerun.reproduce("lab/run", tmp_path / "again", api=hub.api())
+    assert {name for name, _, _ in rows} == {"accuracy", "top5_accuracy", "loss"}
+    assert all(published == repeated for _, published, repeated in rows)
+    out = capfd.readouterr().out
+    assert "| metric | published | repeated | difference |" in out
+    assert "+0" in out
+    record = json.loads((tmp_path / "again/reproduction.json").read_text())
+    assert record["published"] == record["repeated"]
+    with pytest.raises(ValueError, match="holds a run already"):
+        rerun.reproduce("lab/run", tmp_path / "again", api=hub.api())
+    # The comparison sees a difference where there is one.
+    rows = rerun.reproduce("lab/run", tmp_path / "other", ["--seed", "8"], api=hub.api())
+    assert any(published != repeated for _, published, repeated in rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python evil.py --seed 1", "not of one of agr_hf's scripts"),
+        ("rm -rf /", "not of one of agr_hf's scripts"),
+        ("python train_ddpm.py 'unclosed", "cannot be read"),
+        ("python train_ddpm.py --features os:system", "would load code or files"),
+        ("python train_ddpm.py --features=mod:factory", "would load code or files"),
+        ("python train_albert.py --deepspeed x.json", "has --deepspeed, which is not repeated"),
+        ("python train_albert.py --feat x", "has --feat, which is not repeated"),
+        ("python train_albert.py config.json", "begins with 'config.json'"),
+        ("python train_image_classifier.py --torch_compile true", "--torch_compile"),
+    ],
+)
+def test_hostile_commands_are_refused(command, message):
+    with pytest.raises(ValueError, match=message):
+        rerun.published_command({"command": command})
+
+
+def test_of_a_command_what_it_trains_is_kept_and_where_to_is_left_out():
+    command = (
+        "torchrun --nproc_per_node 2 training_scripts/train_image_classifier.py --model_name=mlp --output_dir o "
+        "--lr_milestones 1 2 --push_to_hub true --hub_model_id me/x "
+        "--use_cpu true --report_to wandb --resume_from_checkpoint latest --seed 3"
+    )
+    assert rerun.published_command({"command": command}) == (
+        "train_image_classifier.py", ["--model_name=mlp", "--lr_milestones", "1", "2", "--use_cpu", "true", "--seed", "3"],
+    )  # fmt: skip
+
+
+def test_every_argument_that_may_be_repeated_is_one_of_the_script():
+    for script, names in rerun.ARGUMENTS.items():
+        text = subprocess.run(
+            [sys.executable, rerun.script_path(script), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=200,
+        ).stdout
+        known = set(re.findall(r"--([a-z]\w*)", text))
+        assert set(names) <= known, set(names) - known
+
+
+@pytest.mark.parametrize("kind", ["500", "429", "drop", "truncate", "checksum"])
+def test_a_faulty_download_ends_whole_or_with_a_sentence(kind, hub, tmp_path, monkeypatch):
+    from agr_hf.hub import patience
+
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    run = made_up(tmp_path / "run")
+    push_run(run, "lab/run", api=hub.api())
+    before = len(hub.requests)
+    download_run("lab/run", tmp_path / "clean", lambda name: True, api=hub.api())
+    count = len(hub.requests) - before
+    expected = {n: c for n, c in contents(tmp_path / "clean").items() if not n.startswith(".cache")}
+    assert expected["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    for number in range(count):
+        for times in (1, None):
+            target = tmp_path / f"{number}-{times}"
+            hub.fail(number, kind, times=times)
+            try:
+                download_run("lab/run", target, lambda name: True, api=hub.api())
+                found = {n: c for n, c in contents(target).items() if not n.startswith(".cache")}
+                assert found == expected, (number, times)
+            except ConnectionError as error:
+                assert times is None
+                assert str(error).startswith("lab/run was not downloaded: ")
+                for name, content in contents(target).items() if target.exists() else ():
+                    assert name.startswith(".cache") or content == expected[name]
+            hub.clear()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["training_state/../../evil.json", "training_state\\..\\..\\evil.json", "/etc/evil.json", "samples/a\nb.png"],
+)
+def test_names_that_lead_out_of_the_folder_are_not_followed(name, hub, tmp_path):
+    push_run(made_up(tmp_path / "run"), "lab/run", api=hub.api())
+    hub.plant("lab/run", name, b"{}")
+    target = tmp_path / "a" / "b"
+    try:
+        download_run("lab/run", target, lambda name: True, api=hub.api())
+    except ValueError as error:
+        assert "would leave the folder" in str(error)
+    assert not [path for path in tmp_path.rglob("*evil*") if not path.is_relative_to(target)]
+    assert not os.path.exists("/etc/evil.json")
+
+
+def test_a_table_over_local_and_published_runs(trained, hub, tmp_path):
+    for seed, value in enumerate((8.0, 9.0)):
+        made_up(
+            tmp_path / "runs" / str(seed),
+            value,
+            seed=seed,
+            config={"model_name": "mlp", "learning_rate": 1e-3, "seed": seed},
+        )
+    push_run(made_up(tmp_path / "hub", 9.5, optimizer="adamw"), "lab/run", api=hub.api())
+    table = leaderboard(collect([str(tmp_path / "runs"), "lab/run", str(trained["albert"])], api=hub.api()))
+    lines = table.splitlines()
+    assert lines[2].startswith("| albert | pydoc-topics | hidden 32 | AdaL |")
+    assert lines[3] == "| image-classification | cifar10 | mlp | AdamW | 0.001 | 1 | Top-1 accuracy | 0.95 | 12 |"
+    assert (
+        lines[4]
+        == "| image-classification | cifar10 | mlp | AdamW(AGR) | 0.001 | 2 | Top-1 accuracy | 0.85 ± 0.071 | 12 |"
+    )
+    with pytest.raises(ValueError, match=r"there is no results.json in .* or below it"):
+        (tmp_path / "empty").mkdir()
+        collect([str(tmp_path / "empty")])
+
+
+def test_the_command_line(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+
+    def agr_hf(*words):
+        command = [sys.executable, "-c", "import sys; from agr_hf.cli import main; sys.exit(main())", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+    pushed = agr_hf("push", run, "--repo-id", "lab/run", "--private", "--message", "By hand")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith(f"{hub.endpoint}/lab/run/commit/")
+    assert hub.commits("lab/run")[0].title == "By hand"
+    assert agr_hf("card", run, "--output", tmp_path / "card").returncode == 0
+    assert {path.name for path in (tmp_path / "card").iterdir()} == {"README.md", "curves.png"}
+    assert "AdamW(AGR)" in agr_hf("leaderboard", "lab/run").stdout
+    failed = agr_hf("resume", "lab/absent", "--output-dir", tmp_path / "x")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("agr-hf: lab/absent was not downloaded: ")
+    assert "Traceback" not in failed.stderr
+    assert agr_hf("push", tmp_path, "--repo-id", "lab/run").stderr.startswith(
+        f"agr-hf: {tmp_path}/results.json cannot be read"
+    )

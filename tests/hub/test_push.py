@@ -1,0 +1,212 @@
+"""A push: what it puts there, in one commit; and every fault at every request of it."""
+
+import json
+
+import pytest
+import torch
+from example_runs import contents, made_up
+from huggingface_hub import snapshot_download
+from server import FAULTS
+
+from agr_hf.hub import patience
+from agr_hf.hub.push import push_run
+
+REPO = "tester/run"
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+
+
+def test_a_push_is_one_commit_with_the_published_files_only(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    before = contents(run)
+    url = push_run(run, REPO, api=hub.api())
+    assert url.startswith(f"{hub.endpoint}/{REPO}/commit/")
+    files = hub.files(REPO)
+    assert set(files) - {".gitattributes"} == {
+        "README.md", "curves.png", "results.json", "config.json", "model.safetensors", "samples/epoch-0001.png",
+        ".eval_results/agr_hf.yaml",
+    }  # fmt: skip
+    for name in ("results.json", "config.json", "model.safetensors", "samples/epoch-0001.png"):
+        assert files[name] == before[name]
+    commits = hub.commits(REPO)
+    assert len(commits) == 2  # the Hub's own first one, and ours
+    assert commits[0].title == "Upload a run of agr_adamw (image-classification) with agr_hf"
+    assert contents(run) == before
+
+
+def test_a_second_push_replaces_what_the_first_one_put_there_and_nothing_else(hub, tmp_path):
+    api = hub.api()
+    push_run(made_up(tmp_path / "one"), REPO, api=api)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="LICENSE", repo_id=REPO)
+    push_run(made_up(tmp_path / "two", 2.0), REPO, api=api)
+    files = hub.files(REPO)
+    assert "samples/epoch-0001.png" not in files
+    assert "samples/epoch-0002.png" in files
+    assert files["LICENSE"] == b"mine"
+    assert json.loads(files["config.json"]) == {"value": 2.0}
+    assert len(hub.commits(REPO)) == 4
+
+
+def test_the_same_push_again_makes_no_commit(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    push_run(run, REPO, api=hub.api())
+    commits = hub.commits(REPO)
+    push_run(run, REPO, api=hub.api())
+    assert [c.oid for c in hub.commits(REPO)] == [c.oid for c in commits]
+
+
+def test_private_repositories_organisations_and_bare_names(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    push_run(run, "lab/run", private=True, api=hub.api())
+    assert hub.api().repo_info("lab/run").private
+    push_run(run, "bare", api=hub.api())
+    assert b"agr-hf reproduce tester/bare" in hub.files("tester/bare")["README.md"]
+
+
+def test_a_branch_is_made_and_main_stays(hub, tmp_path):
+    push_run(made_up(tmp_path / "one"), REPO, api=hub.api())
+    main = hub.files(REPO)
+    push_run(made_up(tmp_path / "two", 2.0), REPO, revision="seed-2", api=hub.api())
+    assert hub.files(REPO) == main
+    assert json.loads(hub.files(REPO, "seed-2")["config.json"]) == {"value": 2.0}
+
+
+def test_a_pull_request_leaves_main_as_it_is(hub, tmp_path):
+    push_run(made_up(tmp_path / "one"), REPO, api=hub.api())
+    main = hub.files(REPO)
+    url = push_run(made_up(tmp_path / "two", 2.0), REPO, create_pr=True, api=hub.api())
+    assert url.endswith("/discussions/1")
+    assert hub.files(REPO) == main
+    assert json.loads(hub.files(REPO, "refs/pr/1")["config.json"]) == {"value": 2.0}
+
+
+def test_a_lost_answer_does_not_open_a_second_pull_request(hub, tmp_path):
+    push_run(made_up(tmp_path / "one"), REPO, api=hub.api())
+    run = made_up(tmp_path / "two", 2.0)
+    commit = requests_of(hub, lambda: push_run(run, REPO, create_pr=True, message="first", api=hub.api())).index(
+        "commit"
+    )
+    hub.fail(commit, "drop_after", times=1)
+    url = push_run(run, REPO, create_pr=True, message="second", api=hub.api())
+    assert url.endswith("/discussions/2")
+    titles = [d.title for d in hub.api().get_repo_discussions(REPO, discussion_type="pull_request")]
+    assert sorted(titles) == ["first", "second"]
+
+
+def requests_of(hub, push):
+    """The requests that a push makes: the last part of their paths."""
+    before = len(hub.requests)
+    push()
+    return [
+        "commit" if "/commit/" in request.path else request.path.partition("?")[0].rsplit("/", 1)[-1]
+        for request in hub.requests[before:]
+    ]
+
+
+@pytest.mark.parametrize("times", [1, None], ids=["once", "for_good"])
+@pytest.mark.parametrize("kind", FAULTS)
+def test_any_fault_at_any_request_leaves_the_old_revision_or_the_new_one(kind, times, hub, tmp_path, capsys):
+    """Each request of a push fails in turn, once or ever after: the push ends well, or with a sentence; never a mixture."""
+    old_run, new_run = made_up(tmp_path / "old"), made_up(tmp_path / "new", 2.0)
+    push_run(old_run, "tester/clean", api=hub.api())
+    count = len(requests_of(hub, lambda: push_run(new_run, "tester/clean", api=hub.api())))
+    local = contents(new_run)
+    completed = 0
+    for number in range(count):
+        repo = f"tester/case-{number}"
+        push_run(old_run, repo, api=hub.api())
+        old = hub.files(repo)
+        hub.fail(number, kind, times=times)
+        met = hub.faults_met
+        try:
+            push_run(new_run, repo, api=hub.api())
+            done = True
+        except ConnectionError as error:
+            done = False
+            assert str(error).startswith(f"{repo} was not pushed: ")
+            assert hub.token not in str(error)
+        assert hub.faults_met > met
+        hub.clear()
+        files = hub.files(repo)
+        if done or files != old:
+            assert json.loads(files["config.json"]) == {"value": 2.0}
+            assert {n: files.get(n) for n in local if n in PUBLISHED} == {n: local[n] for n in local if n in PUBLISHED}
+            assert "samples/epoch-0001.png" not in files
+            assert f"reproduce {repo}".encode() in files["README.md"]
+        assert contents(new_run) == local
+        completed += done
+        # What is wrong is over: the same push again completes.
+        push_run(new_run, repo, api=hub.api())
+        assert json.loads(hub.files(repo)["config.json"]) == {"value": 2.0}
+        assert len(hub.commits(repo)) == 3
+    with capsys.disabled():
+        print(f"\n{kind}, {'once' if times else 'for good'}: {count} cases, {completed} completed, "
+              f"{count - completed} ended with a sentence")  # fmt: skip
+    if times == 1 and kind != "expired":
+        assert completed == count
+
+
+PUBLISHED = ("results.json", "config.json", "model.safetensors", "samples/epoch-0002.png")
+
+
+def test_an_interrupted_upload_is_taken_up_again(hub, tmp_path):
+    """Weights that reached the Hub before the fault are not sent a second time."""
+    run = made_up(tmp_path / "run")
+    requests = requests_of(hub, lambda: push_run(run, "tester/clean", api=hub.api()))
+    other = made_up(tmp_path / "other", 2.0)
+    hub.fail(requests.index("commit"), "500", times=None)
+    with pytest.raises(ConnectionError, match="push again later"):
+        push_run(other, REPO, api=hub.api())
+    hub.clear()
+    before = len(hub.requests)
+    push_run(other, REPO, api=hub.api())
+    assert not [request for request in hub.requests[before:] if request.method == "PUT"]
+
+
+def test_what_a_token_may_not_do_is_said(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    hub.expire_token()
+    with pytest.raises(ConnectionError, match="the token is missing, wrong or expired; log in with `hf auth login`"):
+        push_run(run, REPO, api=hub.api())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda run: (run / "results.json").unlink(), "results.json"),
+        (lambda run: (run / "model.safetensors").unlink(), "has no model"),
+        (lambda run: (run / "results.json").write_text("{"), "is no JSON"),
+        (lambda run: (run / "config.json").write_text('{"half": '), "cut short"),
+        (lambda run: (run / "config.json").write_text('{"x": "hf_' + "a" * 34 + '"}'), "holds an access token"),
+    ],
+)
+def test_a_run_that_is_not_fit_to_publish_is_refused_before_anything_is_sent(spoil, sentence, hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    spoil(run)
+    with pytest.raises(ValueError, match=sentence):
+        push_run(run, REPO, api=hub.api())
+    assert not hub.requests
+
+
+def test_secrets_of_the_environment_and_paths_of_the_machine_stay_here(hub, tmp_path, monkeypatch):
+    run = made_up(tmp_path / "run")
+    (run / "tokenizer_config.json").write_text(
+        json.dumps({"name_or_path": str(tmp_path / "run"), "vocab": ["/", "/tmp"]})
+    )
+    push_run(run, REPO, api=hub.api())
+    assert json.loads(hub.files(REPO)["tokenizer_config.json"]) == {"name_or_path": "run", "vocab": ["/", "/tmp"]}
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    (run / "notes.txt").write_text("key 0123456789abcdef")
+    with pytest.raises(ValueError, match=r"notes.txt holds"):
+        push_run(run, REPO, api=hub.api())
+
+
+def test_the_weights_load_on_the_other_side(hub, tmp_path):
+    from safetensors.torch import load_file
+
+    push_run(made_up(tmp_path / "run", 3.0), REPO, api=hub.api())
+    folder = snapshot_download(REPO, endpoint=hub.endpoint, local_dir=tmp_path / "other")
+    assert torch.equal(load_file(f"{folder}/model.safetensors")["weight"], torch.full((4, 3), 3.0))
