@@ -1,0 +1,49 @@
+"""The scripts under torchrun and under accelerate launch: two processes on the CPU, and what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "training_scripts"
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    # On the CPU it starts one process, whatever --num_processes says, where there is no MPI.
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", "1"],
+}
+RUNS = {
+    "train_image_classifier.py": [
+        "--model_name", "mlp", "--max_train_samples", "320", "--max_eval_samples", "99", "--num_train_epochs", "1",
+        "--use_cpu", "true", "--optim", "adal",
+    ],
+    "train_albert.py": [
+        "--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "64",
+        "--embedding_size", "16", "--vocab_size", "500", "--max_seq_length", "64", "--max_train_samples", "128",
+        "--max_eval_samples", "63", "--num_train_epochs", "1", "--use_cpu", "true", "--optim", "agr_adamw",
+    ],
+    "train_ddpm.py": [
+        "--recipe", "digits", "--cpu", "--num_epochs", "1", "--max_train_images", "128", "--train_batch_size", "32",
+        "--num_eval_samples", "20", "--num_grid_samples", "4", "--ddpm_num_inference_steps", "2",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.parametrize("script", list(RUNS))
+def test_a_script_runs_under_a_launcher(script, launcher, tmp_path):
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], SCRIPTS / script, *RUNS[script], "--output_dir", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    processes = 2 if launcher == "torchrun" else 1
+    assert results["processes"] == processes
+    prefix = "torchrun --nproc_per_node 2" if processes == 2 else "python"
+    assert results["command"].startswith(f"{prefix} training_scripts/{script} ")
+    assert results["metrics"]["loss"] > 0
+    assert (tmp_path / ("unet" if "ddpm" in script else "model.safetensors")).exists()
+    if script == "train_image_classifier.py":  # 320 images, 8 at a time on each process
+        assert results["epochs"][-1]["step"] == 40 // processes
