@@ -16,7 +16,8 @@ Result = TypeVar("Result")
 # The client repeats some of its requests itself; this is for whatever it gives up on.
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0
-TEMPORARY_CODES = (408, 412, 429)
+# 412: someone else was faster; 422: an upload arrived damaged.
+TEMPORARY_CODES = (408, 412, 422, 429)
 
 
 def persistently(failed: str, attempt: Callable[[int], Result]) -> Result:

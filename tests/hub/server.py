@@ -44,7 +44,7 @@ class Request:
 @dataclass(frozen=True)
 class File:
     content: bytes
-    sha256: str | None = None  # as the client named it: an LFS file. Damaged content keeps its name.
+    sha256: str | None = None  # as the client named it: an LFS file
 
     @property
     def blob(self) -> bytes:
@@ -222,6 +222,13 @@ class Hub:
                 commits.append(commits[-1].parent)
             return commits
 
+    def plant(self, repo_id: str, path: str, content: bytes) -> None:
+        """Put a file of any name into main, as a client that checks none could."""
+        with self._lock:
+            repo = self._repositories["model", repo_id]
+            head = repo.at("main")
+            repo.commit("main", head, "Plant a file", "", {**head.files, path: File(content)})
+
     def branches(self, repo_id: str, repo_type: str = "model") -> dict[str, str]:
         """The branches' names and their newest commits; without those of pull requests."""
         with self._lock:
@@ -243,8 +250,8 @@ class Hub:
         - "drop": the connection ends without an answer. The request had no effect.
         - "drop_after": the same, but the request had its effect.
         - "truncate": the request had its effect, but half of the answer's body is missing; without a body "drop_after".
-        - "checksum": an upload is stored with one byte changed, and taken for whole; a download has one byte changed,
-          its HEAD another ETag; other requests have their effect, but the answer is no JSON.
+        - "checksum": an upload arrives with one byte changed, and its verification fails; a download has one byte
+          changed, its HEAD another ETag; other requests have their effect, but the answer is no JSON.
         """
         if kind not in FAULTS:
             raise ValueError(f"kind={kind!r} is no fault: use one of {', '.join(FAULTS)}")
@@ -553,8 +560,12 @@ def lfs_upload(hub, request, repo, oid):
 @_route("POST", rf"{_WEB}\.git/info/lfs/objects/verify", "write")
 def lfs_verify(hub, request, repo):
     asked = json.loads(request.body)
-    if len(repo.lfs.get(asked["oid"], b"")) != asked["size"]:  # nobody hashes it again: see fault "checksum"
+    content = repo.lfs.get(asked["oid"], b"")
+    if len(content) != asked["size"]:
         raise Refused(404, "The uploaded object is missing, or has another size")
+    if hashlib.sha256(content).hexdigest() != asked["oid"]:
+        del repo.lfs[asked["oid"]]
+        raise Refused(422, "The uploaded object has another checksum")
     return json_answer({})
 
 

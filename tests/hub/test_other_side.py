@@ -50,7 +50,7 @@ def outputs(task, source, environment):
 
 
 @pytest.mark.parametrize("task", list(SMALL))
-def test_a_run_published_by_its_script_loads_on_the_other_side(task, trained, hub, tmp_path):
+def test_a_run_published_by_its_script_loads_on_the_other_side(task, hub, tmp_path):
     """`--push_to_hub` of the script itself, through the real clients; then the local copy is gone."""
     here = {
         **os.environ,
@@ -61,7 +61,6 @@ def test_a_run_published_by_its_script_loads_on_the_other_side(task, trained, hu
     flag = ["--push_to_hub"] if task == "ddpm" else ["--push_to_hub", "true"]
     run = train(task, tmp_path / "run", *flag, "--hub_model_id", f"lab/{task}", environment=here)
     expected = outputs(task, run, here)
-    assert outputs(task, trained[task], here) == expected  # the same seed
     shutil.rmtree(run)
     there = {**os.environ, **hub.environment(tmp_path / "reader"), "HF_HUB_OFFLINE": "0"}
     assert outputs(task, f"lab/{task}", there) == expected

@@ -353,10 +353,6 @@ def test_a_push_under_a_fault_is_whole_or_not_at_all_and_can_be_repeated(kind, h
             failed = True
         assert step in hub.requests[start + number].path
         found = pushed(hub, repo_id)
-        if kind == "checksum" and step == "lfs-storage":
-            assert found.keys() == files.keys()
-            assert sum(a != b for a, b in zip(found["model.safetensors"], WEIGHTS, strict=True)) == 1
-            continue
         had_effect = step == "commit" and kind in ("drop_after", "truncate", "checksum")
         assert found == ({} if failed and not had_effect else files)
         push(api, files, repo_id=repo_id)
