@@ -14,6 +14,7 @@ from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
 from agr_hf.hub.contents import is_published, public_bytes, read_results, refuse_secrets, run_files
 from agr_hf.hub.patience import persistently
 from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
+from agr_hf.tasks.runs import without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -63,7 +64,7 @@ def push_run(
     with tempfile.TemporaryDirectory() as temporary:
         contents = prepare(run_dir, repo_id, Path(temporary), with_training_state)
         results = read_results(run_dir)
-        message = message or f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
+        message = without_secrets(message) if message else f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
         digest = _digest(contents)
 
         def attempt(number: int) -> str:
