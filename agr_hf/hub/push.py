@@ -64,7 +64,11 @@ def push_run(
     with tempfile.TemporaryDirectory() as temporary:
         contents = prepare(run_dir, repo_id, Path(temporary), with_training_state)
         results = read_results(run_dir)
-        message = without_secrets(message) if message else f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
+        message = (
+            without_secrets(message)
+            if message
+            else f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
+        )
         digest = _digest(contents)
 
         def attempt(number: int) -> str:
