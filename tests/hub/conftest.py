@@ -32,6 +32,14 @@ def hub(monkeypatch, waits):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     huggingface_hub.close_session()  # the client's connections are of before
     with Hub() as hub:
+        # Of clients that are given no address.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.endpoint + template.removeprefix(constants._HF_DEFAULT_ENDPOINT),
+        )
         yield hub
     huggingface_hub.close_session()
 
@@ -40,3 +48,10 @@ def hub(monkeypatch, waits):
 def trained(tmp_path_factory):
     """A finished run of each workload, by task."""
     return {task: train(task, tmp_path_factory.mktemp("trained") / task) for task in SMALL}
+
+
+@pytest.fixture
+def logged_in(hub, monkeypatch):
+    """The token is where users have it: in the environment."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setenv("HF_TOKEN", hub.token)

@@ -3,19 +3,22 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 
 import pytest
-from example_runs import SMALL, contents, made_up, train
+import torch
+from example_runs import SMALL, contents, made_up, run_here, train
 
+from agr_hf.cli import main
 from agr_hf.experiments import rerun
 from agr_hf.experiments.leaderboard import collect, leaderboard
 from agr_hf.hub.download import download_run
 from agr_hf.hub.push import push_run
 
-# Outputs of a published model on inputs that need no data, as bytes in hexadecimal.
+# Outputs of a published model on inputs that need no data.
 LOAD = {
     "image-classification": """
 from agr_hf.tasks.classifiers import register_small_image_models
@@ -39,31 +42,20 @@ outputs = torch.from_numpy(pipeline(2, generator=torch.manual_seed(0), num_infer
 }
 
 
-def outputs(task, source, environment):
-    """What a process of its own gets from a folder or a repository."""
-    code = (
-        f"import torch\nSOURCE = {str(source)!r}\n{LOAD[task]}\nprint('OUT', outputs.detach().numpy().tobytes().hex())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return re.search(r"OUT (\w+)", run.stdout)[1]
-
-
 @pytest.mark.parametrize("task", list(SMALL))
-def test_a_run_published_by_its_script_loads_on_the_other_side(task, hub, tmp_path):
-    """`--push_to_hub` of the script itself, through the real clients; then the local copy is gone."""
-    here = {
-        **os.environ,
-        **hub.environment(tmp_path / "publisher"),
-        "HF_HUB_OFFLINE": "0",
-        "PLANTED_API_KEY": "sesame-sesame",
-    }
-    flag = ["--push_to_hub"] if task == "ddpm" else ["--push_to_hub", "true"]
-    run = train(task, tmp_path / "run", *flag, "--hub_model_id", f"lab/{task}", environment=here)
-    expected = outputs(task, run, here)
+def test_a_run_published_by_its_script_loads_on_the_other_side(task, hub, logged_in, tmp_path, monkeypatch):
+    """`--push_to_hub` of the script itself; the local copy is gone; the real clients of another process load it."""
+    monkeypatch.setenv("PLANTED_API_KEY", "sesame-sesame")
+    options = ["--push_to_hub"] if task == "ddpm" else ["--push_to_hub", "true", "--hub_token", hub.token]
+    run = train(task, tmp_path / "run", *options, "--hub_model_id", f"lab/{task}")
+    names = {"torch": torch, "SOURCE": str(run)}
+    exec(LOAD[task], names)
     shutil.rmtree(run)
-    there = {**os.environ, **hub.environment(tmp_path / "reader"), "HF_HUB_OFFLINE": "0"}
-    assert outputs(task, f"lab/{task}", there) == expected
+    there = {**os.environ, **hub.environment(tmp_path / "reader")}
+    code = f"import torch\nSOURCE = 'lab/{task}'\n{LOAD[task]}\nprint('OUT', outputs.detach().numpy().tobytes().hex())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=there, timeout=200)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert re.search(r"OUT (\w+)", out.stdout)[1] == names["outputs"].detach().numpy().tobytes().hex()
     assert len(hub.commits(f"lab/{task}")) == 2
     assert_nothing_private(hub, f"lab/{task}", tmp_path)
 
@@ -86,6 +78,7 @@ def assert_nothing_private(hub, repo, folder):
 @pytest.mark.parametrize("task", list(SMALL))
 def test_a_published_run_resumes_with_the_bits_of_a_local_one(task, trained, hub, tmp_path, monkeypatch):
     """Two epochs are published; two more are trained from the Hub's state, and from the local checkpoint."""
+    monkeypatch.setattr(rerun, "run_script", run_here)
     push_run(trained[task], f"lab/{task}", with_training_state=True, api=hub.api())
     assert not [name for name in hub.files(f"lab/{task}") if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
     more = ["--num_epochs" if task == "ddpm" else "--num_train_epochs", "4"]
@@ -159,16 +152,11 @@ def test_of_a_command_what_it_trains_is_kept_and_where_to_is_left_out():
     )  # fmt: skip
 
 
-def test_every_argument_that_may_be_repeated_is_one_of_the_script():
+def test_every_argument_that_may_be_repeated_is_one_of_the_script(capsys):
     for script, names in rerun.ARGUMENTS.items():
-        text = subprocess.run(
-            [sys.executable, rerun.script_path(script), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=200,
-        ).stdout
-        known = set(re.findall(r"--([a-z]\w*)", text))
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(rerun.script_path(script)))["parse_args"](["--help"])
+        known = set(re.findall(r"--([a-z]\w*)", capsys.readouterr().out))
         assert set(names) <= known, set(names) - known
 
 
@@ -238,25 +226,22 @@ def test_a_table_over_local_and_published_runs(trained, hub, tmp_path):
         collect([str(tmp_path / "empty")])
 
 
-def test_the_command_line(hub, tmp_path):
+def test_the_command_line(hub, logged_in, tmp_path, capsys):
     run = made_up(tmp_path / "run")
-    environment = {**os.environ, **hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
 
     def agr_hf(*words):
-        command = [sys.executable, "-c", "import sys; from agr_hf.cli import main; sys.exit(main())", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        code = main([str(word) for word in words])
+        return code, *capsys.readouterr()
 
-    pushed = agr_hf("push", run, "--repo-id", "lab/run", "--private", "--message", "By hand")
-    assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout.startswith(f"{hub.endpoint}/lab/run/commit/")
+    code, out, _ = agr_hf("push", run, "--repo-id", "lab/run", "--private", "--message", "By hand")
+    assert code == 0
+    assert out.startswith(f"{hub.endpoint}/lab/run/commit/")
     assert hub.commits("lab/run")[0].title == "By hand"
-    assert agr_hf("card", run, "--output", tmp_path / "card").returncode == 0
+    assert agr_hf("card", run, "--output", tmp_path / "card")[0] == 0
     assert {path.name for path in (tmp_path / "card").iterdir()} == {"README.md", "curves.png"}
-    assert "AdamW(AGR)" in agr_hf("leaderboard", "lab/run").stdout
-    failed = agr_hf("resume", "lab/absent", "--output-dir", tmp_path / "x")
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("agr-hf: lab/absent was not downloaded: ")
-    assert "Traceback" not in failed.stderr
-    assert agr_hf("push", tmp_path, "--repo-id", "lab/run").stderr.startswith(
-        f"agr-hf: {tmp_path}/results.json cannot be read"
-    )
+    assert "AdamW(AGR)" in agr_hf("leaderboard", "lab/run")[1]
+    code, _, error = agr_hf("resume", "lab/absent", "--output-dir", tmp_path / "x")
+    assert code == 1
+    assert error.startswith("agr-hf: lab/absent was not downloaded: ")
+    _, _, error = agr_hf("push", tmp_path, "--repo-id", "lab/run")
+    assert error.startswith(f"agr-hf: {tmp_path}/results.json cannot be read")
