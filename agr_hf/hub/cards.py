@@ -238,7 +238,7 @@ def draw_curves(results: Mapping[str, Any], path: Any) -> bool:
     if len(epochs) < 2:
         return False
     task = task_of(results)
-    losses = {"train_loss": "training loss", "loss": "loss"}
+    losses = {"train_loss": "Training loss", "loss": task.metrics["loss"]}
     panels = [list(losses.items())]
     panels += [[(key, label)] for key, label in task.metrics.items() if key != "loss"]
     drawn = []
