@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from agr_hf.optim.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
 
 # What two seeds of one experiment may differ in.
 PER_RUN = (
@@ -43,10 +46,21 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[dict[st
             runs = sorted(path.rglob("results.json"))
             if not runs:
                 raise ValueError(f"there is no results.json in {source} or below it")
-            found += [read_results(run) for run in runs]
+            found += [results for run in runs if (results := _results_of(run))]
         else:
             found.append(published_results(source, api=api))
     return found
+
+
+def _results_of(path: Path) -> dict[str, Any] | None:
+    """Of a `results.json` among others; None, and a warning, where it is of something else."""
+    try:
+        results = read_results(path)
+        task_of(results)
+    except ValueError as error:
+        logger.warning("left out: %s", error)
+        return None
+    return results
 
 
 def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from agr_hf.environment import environment
 from agr_hf.files import write_text
 from agr_hf.hub.contents import read_results
@@ -123,8 +125,12 @@ def run_script(script: str, arguments: Sequence[str], processes: int = 1) -> Non
     """Run a training script of the package in processes of its own.
 
     Raises:
+        ValueError: there are fewer processors than processes.
         RuntimeError: it failed; what it wrote to stderr was shown.
     """
+    most = max(os.cpu_count() or 1, torch.cuda.device_count())
+    if not 1 <= processes <= most:
+        raise ValueError(f"the run was made with {processes} processes, and this machine has room for {most}")
     path = script_path(script)
     launcher = (
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -168,7 +174,7 @@ def reproduce(
         raise ValueError(f"{output_dir} holds a run already; pass another --output_dir")
     for line in differences(published):
         print(line)
-    run_script(script, [*arguments, "--output_dir", str(output_dir), *extra], published.get("processes", 1))
+    run_script(script, [*arguments, "--output_dir", str(output_dir), *extra], published.get("processes") or 1)
     repeated = read_results(output_dir)
     keys = list(dict.fromkeys([*published["metrics"], *repeated["metrics"]]))
     rows = [(key, published["metrics"].get(key), repeated["metrics"].get(key)) for key in keys]
@@ -251,4 +257,4 @@ def resume(
                 (output_dir / "tokenizer").mkdir(exist_ok=True)
                 os.replace(path, output_dir / "tokenizer" / path.name)
     arguments += ["--output_dir", str(output_dir), "--resume_from_checkpoint", str(checkpoint), *extra]
-    run_script(script, arguments, results.get("processes", 1))
+    run_script(script, arguments, results.get("processes") or 1)

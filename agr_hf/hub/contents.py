@@ -17,6 +17,16 @@ FOLDERS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "samples", "
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "model_index.json")
 # Keys of transformers' and diffusers' JSON files whose values may be this machine's paths.
 PATH_KEYS = re.compile(r"(_or_path|_file|_dir|_path|checkpoint)$")
+# What results.json must hold, and of what types the rest is: it may be a stranger's.
+NEEDED = {"task": str, "optimizer": str, "command": str, "metrics": dict, "config": dict, "epochs": list}
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "dataset": (dict,),
+    "gradients": (dict,),
+    "optimizer_groups": (list,),
+    "versions": (dict,),
+    "processes": (int,),
+    "seconds": (int, float),
+}
 # Made by push itself.
 MADE = ("README.md", "curves.png", ".eval_results/agr_hf.yaml")
 
@@ -77,10 +87,14 @@ def read_results(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
         results = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}") from None
-    needed = {"task": str, "optimizer": str, "command": str, "metrics": dict, "config": dict, "epochs": list}
-    for key, kind in needed.items():
-        if not isinstance(results, dict) or not isinstance(results.get(key), kind):
+    if not isinstance(results, dict):
+        raise ValueError(f"{name} is no table: it is not of a run of agr_hf's training scripts")
+    for key, kind in NEEDED.items():
+        if not isinstance(results.get(key), kind):
             raise ValueError(f"{name} has no {key!r}: it is not of a run of agr_hf's training scripts")
+    for key, kinds in OPTIONAL.items():
+        if results.get(key) is not None and not isinstance(results[key], kinds):
+            raise ValueError(f"{name} has a {type(results[key]).__name__} as {key!r}: it is damaged")
     return results
 
 

@@ -226,6 +226,33 @@ def test_a_table_over_local_and_published_runs(trained, hub, tmp_path):
         collect([str(tmp_path / "empty")])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": [1]}, "has no 'metrics'"),
+        ({"dataset": "cifar10"}, "has a str as 'dataset'"),
+        ({"versions": []}, "has a list as 'versions'"),
+        ({"processes": "2"}, "has a str as 'processes'"),
+        ({"processes": 10**9}, "was made with 1000000000 processes"),
+        ({"processes": -1}, "was made with -1 processes"),
+    ],
+)
+def test_results_of_strangers_may_be_anything(changes, message, hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    push_run(run, "lab/run", api=hub.api())
+    hub.plant("lab/run", "results.json", json.dumps(json.loads((run / "results.json").read_text()) | changes).encode())
+    with pytest.raises(ValueError, match=message):
+        rerun.reproduce("lab/run", tmp_path / "again", api=hub.api())
+
+
+def test_a_table_leaves_out_what_is_no_training(tmp_path, caplog):
+    made_up(tmp_path / "runs/a")
+    (tmp_path / "runs/functions").mkdir()
+    (tmp_path / "runs/functions/results.json").write_text('{"task": "functions"}')
+    assert len(collect([str(tmp_path / "runs")])) == 1
+    assert "left out: " in caplog.text
+
+
 def test_the_command_line(hub, logged_in, tmp_path, capsys):
     run = made_up(tmp_path / "run")
 
