@@ -24,7 +24,7 @@ from transformers import (
 
 import agr_hf
 from agr_hf.files import replaced_folder
-from agr_hf.hub.push import push_run, take_over_push
+from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR
 from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
@@ -171,7 +171,7 @@ def main(argv=None):
             gradients=gradients_of(trainer.state.log_history),
         )
         if push:
-            logger.info("published: %s", push_run(args.output_dir, **push))
+            push_finished(args.output_dir, **push)
     return metrics
 
 

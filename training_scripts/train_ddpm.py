@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.hub.push import push_run
+from agr_hf.hub.push import push_finished
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics
@@ -163,7 +163,12 @@ def main(argv=None):
 
     def draw(count, seed):
         return diffusion.sample_images(
-            averaged(), count, steps=args.ddpm_num_inference_steps, seed=seed, batch_size=args.eval_batch_size
+            averaged(),
+            count,
+            steps=args.ddpm_num_inference_steps,
+            seed=seed,
+            batch_size=args.eval_batch_size,
+            accelerator=accelerator,
         )
 
     started = time.perf_counter() - history.seconds
@@ -211,20 +216,22 @@ def main(argv=None):
         accelerator.log({"loss": mean_loss, "learning_rate": lr_scheduler.get_last_lr()[0]}, progress.step)
         accelerator.print(f"epoch {progress.epoch}: loss {mean_loss:.4f}, {history.seconds:.0f} s")
         finished = progress.epoch == args.num_epochs or progress.step == steps
-        if accelerator.is_main_process and (progress.epoch % args.save_images_epochs == 0 or finished):
+        if progress.epoch % args.save_images_epochs == 0 or finished:
             grid = draw(args.num_grid_samples, args.seed)
-            diffusion.write_grid(grid, output_dir / "samples" / f"epoch-{progress.epoch:04d}.png")
-            diffusion.log_grid(accelerator, grid, progress.step)
+            if accelerator.is_main_process:
+                diffusion.write_grid(grid, output_dir / "samples" / f"epoch-{progress.epoch:04d}.png")
+                diffusion.log_grid(accelerator, grid, progress.step)
         started = time.perf_counter() - history.seconds  # sampling is not training
-        accelerator.wait_for_everyone()
 
     save_checkpoint(accelerator, output_dir, progress.step)
+    # Another seed than the grids': they are to be looked at during training, and these to be measured once.
+    samples = draw(args.num_eval_samples, args.seed + 1) if args.num_eval_samples else None
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # what follows takes one process, and may take longer than others would wait
     if accelerator.is_main_process:
         metrics = {"loss": history.epochs[-1]["loss"], "parameters": sampled.num_parameters()}
         DDPMPipeline(averaged(), scheduler).save_pretrained(output_dir)
-        if args.num_eval_samples:
-            # Another seed than the grids': they are to be looked at during training, and these to be measured once.
-            samples = draw(args.num_eval_samples, args.seed + 1)
+        if samples is not None:
             cache = output_dir / "statistics"
             metrics |= frechet_metrics(samples, images, network, cache_dir=cache, device=accelerator.device)
             if args.fid:
@@ -248,10 +255,7 @@ def main(argv=None):
         if args.push_to_hub:
             name = args.hub_model_id or output_dir.resolve().name
             options = {"private": args.hub_private_repo, "revision": args.hub_revision}
-            url = push_run(output_dir, name, with_training_state=args.push_training_state, **options)
-            print(f"published: {url}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            push_finished(output_dir, name, with_training_state=args.push_training_state, **options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import agr_hf
-from agr_hf.hub.push import push_run, take_over_push
+from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
@@ -104,7 +104,7 @@ def main(argv=None):
             gradients=gradients_of(trainer.state.log_history),
         )
         if push:
-            logger.info("published: %s", push_run(args.output_dir, **push))
+            push_finished(args.output_dir, **push)
     return metrics
 
 

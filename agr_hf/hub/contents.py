@@ -15,6 +15,8 @@ KINDS = (".safetensors", ".json", ".txt", ".model", ".png", ".jinja")
 # Folders at the top of a run: components of a diffusers pipeline, samples, an exported checkpoint.
 FOLDERS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "samples", "training_state")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "model_index.json")
+# What another model's loader would take up beside this run's files.
+LOADED = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(adapter_config|model_index)\.json")
 # Keys of transformers' and diffusers' JSON files whose values may be this machine's paths.
 PATH_KEYS = re.compile(r"(_or_path|_file|_dir|_path|checkpoint)$")
 # What results.json must hold, and of what types the rest is: it may be a stranger's.
@@ -39,6 +41,15 @@ def is_published(path: str) -> bool:
     if not parts or any(part.startswith(".") or part in ("", "..") for part in parts) or path.startswith("/"):
         return False
     return PurePosixPath(path).suffix in KINDS and (len(parts) == 1 or parts[0] in FOLDERS)
+
+
+def is_replaced(path: str) -> bool:
+    """Whether a push of a run without this file takes it off the Hub: a run's folders and a model's weights.
+
+    Other files at the top are left, whoever put them there.
+    """
+    parts = PurePosixPath(path).parts
+    return is_published(path) and (len(parts) > 1 or bool(LOADED.fullmatch(path)) or path in MADE)
 
 
 def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:

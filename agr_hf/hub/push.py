@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
-from agr_hf.hub.contents import is_published, public_bytes, read_results, refuse_secrets, run_files
+from agr_hf.hub.contents import is_replaced, public_bytes, read_results, refuse_secrets, run_files
 from agr_hf.hub.patience import persistently
 from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
 from agr_hf.tasks.runs import without_secrets
@@ -34,9 +35,9 @@ def push_run(
 ) -> str:
     """Publish a finished run: model, card, results, curves and samples, in one commit.
 
-    Files of an earlier push that this run does not have are removed in the same commit; what else is in the repository
-    stays. Uploads that a failure interrupts are taken up again, and files that the Hub has already are not sent twice. The
-    run's folder is only read.
+    Weights and files in a run's folders (samples, training_state, ...) that this run does not have are removed in the same
+    commit; what else is in the repository stays. Uploads that a failure interrupts are taken up again, and files that the
+    Hub has already are not sent twice. The run's folder is only read.
 
     Args:
         run_dir: the --output_dir of a training script.
@@ -78,6 +79,24 @@ def push_run(
             return _commit(api, repo_id, contents, revision, create_pr, message, digest, repeated=number > 0)
 
         return persistently(f"{repo_id} was not pushed", attempt)
+
+
+def push_finished(run_dir: str | os.PathLike[str], repo_id: str, **options: Any) -> None:
+    """`push_run` as the last act of a training script: prints the URL, or says what is left to do.
+
+    Raises:
+        SystemExit: it was not pushed. The run itself is finished, and needs no second training.
+    """
+    try:
+        print(f"published: {push_run(run_dir, repo_id, **options)}")
+    except (ConnectionError, ValueError) as error:
+        words = ["agr-hf", "push", str(run_dir), "--repo-id", repo_id]
+        words += ["--private"] if options.get("private") else []
+        words += ["--revision", options["revision"]] if options.get("revision") else []
+        words += ["--with-training-state"] if options.get("with_training_state") else []
+        raise SystemExit(
+            f"{error}\nThe run is finished, and whole in {run_dir}; publish it with\n    {shlex.join(words)}"
+        ) from None
 
 
 def prepare(
@@ -146,7 +165,7 @@ def _commit(
     there = api.list_repo_files(repo_id, revision=parent)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [
-        CommitOperationDelete(name, is_folder=False) for name in there if is_published(name) and name not in contents
+        CommitOperationDelete(name, is_folder=False) for name in there if is_replaced(name) and name not in contents
     ]
     commit = api.create_commit(
         repo_id,

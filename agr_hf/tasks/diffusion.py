@@ -216,7 +216,14 @@ class RunHistory:
 
 
 def sample_images(
-    unet: nn.Module, count: int, *, steps: int = 100, seed: int = 0, batch_size: int = 250, scheduler: Any = None
+    unet: nn.Module,
+    count: int,
+    *,
+    steps: int = 100,
+    seed: int = 0,
+    batch_size: int = 250,
+    scheduler: Any = None,
+    accelerator: Any = None,
 ) -> Tensor:
     """Draw images with diffusers' `DDIMPipeline`, eta 0; torch's global random state is left alone.
 
@@ -227,6 +234,7 @@ def sample_images(
         seed: of a generator on the CPU: every device starts from the same noise.
         batch_size: images at a time; memory grows with it, and the last bits depend on it.
         scheduler: that of training. Default `ddpm_scheduler()`.
+        accelerator: its processes share the batches, and all of them must call; the images are those of one process.
 
     Returns:
         (count, channels, size, size), uint8, on the CPU.
@@ -234,6 +242,7 @@ def sample_images(
     Raises:
         ValueError: count or steps out of range.
     """
+    from accelerate.utils import gather_object
     from diffusers import DDIMPipeline
 
     scheduler = ddpm_scheduler() if scheduler is None else scheduler
@@ -247,13 +256,23 @@ def sample_images(
     pipeline: Any = DDIMPipeline(unet.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
+    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     parts = []
-    for start in range(0, count, batch_size):
+    for index, start in enumerate(range(0, count, batch_size)):
         n = min(batch_size, count - start)
+        if index % processes != process:
+            # Another process's batch: its noise is drawn, and thrown away, so that each batch has noise of its own.
+            config: Any = unet.config
+            shape = (n, config["in_channels"], config["sample_size"], config["sample_size"])
+            torch.randn(shape, generator=generator, dtype=pipeline.unet.dtype)
+            continue
         # (n, size, size, channels) of numpy, which every supported diffusers returns.
         images = pipeline(batch_size=n, generator=generator, num_inference_steps=steps, output_type="np").images
-        parts.append((torch.from_numpy(images).permute(0, 3, 1, 2).float() * 255).round().to(torch.uint8))
-    return torch.cat(parts)
+        part = (torch.from_numpy(images).permute(0, 3, 1, 2).float() * 255).round().to(torch.uint8)
+        parts.append((index, part))
+    if processes > 1:
+        parts = sorted(gather_object(parts), key=lambda part: part[0])
+    return torch.cat([part for _, part in parts])
 
 
 def write_grid(images: Tensor, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from server import FAULTS
 
 from agr_hf.hub import patience
-from agr_hf.hub.push import push_run
+from agr_hf.hub.push import push_finished, push_run
 
 REPO = "tester/run"
 
@@ -40,14 +40,18 @@ def test_a_push_is_one_commit_with_the_published_files_only(hub, tmp_path):
 def test_a_second_push_replaces_what_the_first_one_put_there_and_nothing_else(hub, tmp_path):
     api = hub.api()
     push_run(made_up(tmp_path / "one"), REPO, api=api)
-    api.upload_file(path_or_fileobj=b"mine", path_in_repo="LICENSE", repo_id=REPO)
+    mine = ("LICENSE", "notes.txt", "labels.json", "ema.safetensors", "docs/picture.png")
+    for name in mine:
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id=REPO)
+    api.upload_file(path_or_fileobj=b"old", path_in_repo="model-00001-of-00002.safetensors", repo_id=REPO)
     push_run(made_up(tmp_path / "two", 2.0), REPO, api=api)
     files = hub.files(REPO)
     assert "samples/epoch-0001.png" not in files
     assert "samples/epoch-0002.png" in files
-    assert files["LICENSE"] == b"mine"
+    assert "model-00001-of-00002.safetensors" not in files
+    assert all(files[name] == b"mine" for name in mine)
     assert json.loads(files["config.json"]) == {"value": 2.0}
-    assert len(hub.commits(REPO)) == 4
+    assert len(hub.commits(REPO)) == 3 + len(mine) + 1
 
 
 def test_the_same_push_again_makes_no_commit(hub, tmp_path):
@@ -94,6 +98,16 @@ def test_a_lost_answer_does_not_open_a_second_pull_request(hub, tmp_path):
     assert url.endswith("/discussions/2")
     titles = [d.title for d in hub.api().get_repo_discussions(REPO, discussion_type="pull_request")]
     assert sorted(titles) == ["first", "second"]
+
+
+def test_a_script_that_cannot_push_says_how_to_publish_its_run(hub, tmp_path, capsys):
+    run = made_up(tmp_path / "my run")
+    push_finished(run, REPO, api=hub.api())
+    assert capsys.readouterr().out.startswith(f"published: {hub.endpoint}/{REPO}/commit/")
+    with pytest.raises(SystemExit) as error:
+        push_finished(run, "nobody/run", private=True, revision="seed-1", with_training_state=False, api=hub.api())
+    assert "nobody/run was not pushed" in str(error.value)
+    assert str(error.value).endswith(f"agr-hf push '{run}' --repo-id nobody/run --private --revision seed-1")
 
 
 def requests_of(hub, push):

@@ -6,7 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+from diffusers import DDPMPipeline
+from PIL import Image
+
+from agr_hf.tasks.diffusion import sample_images, write_grid
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 LAUNCHERS = {
@@ -26,7 +31,8 @@ RUNS = {
     ],
     "train_ddpm.py": [
         "--recipe", "digits", "--cpu", "--num_epochs", "1", "--max_train_images", "128", "--train_batch_size", "32",
-        "--num_eval_samples", "20", "--num_grid_samples", "4", "--ddpm_num_inference_steps", "2",
+        "--num_eval_samples", "20", "--num_grid_samples", "5", "--ddpm_num_inference_steps", "2",
+        "--eval_batch_size", "2",
     ],
 }  # fmt: skip
 
@@ -45,5 +51,12 @@ def test_a_script_runs_under_a_launcher(script, launcher, tmp_path):
     assert results["command"].startswith(f"{prefix} training_scripts/{script} ")
     assert results["metrics"]["loss"] > 0
     assert (tmp_path / ("unet" if "ddpm" in script else "model.safetensors")).exists()
+    if script == "train_ddpm.py":  # the processes share the samples, and draw those of one
+        unet = DDPMPipeline.from_pretrained(tmp_path).unet
+        write_grid(sample_images(unet, 5, steps=2, seed=0, batch_size=2), tmp_path / "alone.png")
+        drawn, alone = (numpy.asarray(Image.open(tmp_path / n), int) for n in ("samples/epoch-0001.png", "alone.png"))
+        assert drawn.shape == alone.shape
+        assert numpy.abs(drawn - alone).max() <= 1  # of 255: there it computes with other threads
+        assert drawn.std() > 10
     if script == "train_image_classifier.py":  # 320 images, 8 at a time on each process
         assert results["epochs"][-1]["step"] == 40 // processes
