@@ -61,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
         again.add_argument("source", help="a repository on the Hub" + (", or a run's folder" * (name == "reproduce")))
         again.add_argument("--revision", help="branch, tag or commit (main)")
         again.add_argument("--output-dir", type=Path, required=True, help="folder for the run")
-        again.add_argument(
-            "extra", nargs="*", help="arguments for the script behind --, which win over the published ones"
-        )
+        again.epilog = "Behind -- come arguments for the script, which win over the published ones."
         again.set_defaults(run=run)
     board = commands.add_parser("leaderboard", help="one table over runs, by task and optimizer")
     board.add_argument("runs", nargs="+", help="run folders, folders of them, or repositories on the Hub")
@@ -143,7 +141,16 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what was asked, 1 with a sentence on stderr if it could not."""
-    arguments = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # argparse itself would look for what is behind -- among the positional arguments before the options.
+    end = argv.index("--") if "--" in argv else len(argv)
+    arguments, rest = parser().parse_known_args(argv[:end])
+    arguments.extra = argv[end + 1 :]
+    if rest or (arguments.extra and arguments.command not in ("resume", "reproduce")):
+        hint = (
+            "; arguments for the training script come behind --" if arguments.command in ("resume", "reproduce") else ""
+        )
+        parser().error(f"unrecognized arguments: {' '.join(rest or arguments.extra)}{hint}")
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:

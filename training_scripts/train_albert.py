@@ -179,18 +179,18 @@ def tokenizer_of(model_args, args, articles):
     """The tokenizer named, or one trained on the text by the first process and kept for the others and for resuming."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if name:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     folder = Path(args.output_dir) / "tokenizer"
     with args.main_process_first():
         if args.process_index == 0 and not (args.resume_from_checkpoint and folder.exists()):
             with replaced_folder(folder) as temporary:
                 train_tokenizer(articles, model_args.vocab_size).save_pretrained(temporary)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def model_of(model_args, tokenizer, length):
     if model_args.model_name_or_path:
-        model = AlbertForPreTraining.from_pretrained(model_args.model_name_or_path)
+        model = AlbertForPreTraining.from_pretrained(model_args.model_name_or_path, trust_remote_code=False)
         if length > model.config.max_position_embeddings:
             at_most = model.config.max_position_embeddings
             raise ValueError(f"max_seq_length={length} is more than the model's {at_most} positions; pass at most that")

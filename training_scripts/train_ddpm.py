@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.hub.push import push_finished
+from agr_hf.hub.push import push_finished, require_token
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics
@@ -97,6 +97,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
+    if args.push_to_hub:
+        require_token()
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,

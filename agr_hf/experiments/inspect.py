@@ -61,9 +61,9 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
         return model
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         cls = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
-        loaded: nn.Module = cls.from_pretrained(name)
+        loaded: nn.Module = cls.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is no local folder with a model, no architecture of timm, and not to be had from the Hub "
@@ -166,7 +166,7 @@ def _image_batch(model: Any, images: list[Any], labels: Tensor) -> Batch:
 def _text_batch(model: nn.Module, texts: list[str], name: str) -> Batch:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     encoded = tokenizer(
         [text for text in texts if text.strip()] or [" "],

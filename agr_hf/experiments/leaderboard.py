@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agr_hf.hub.cards import shown_metrics, task_of
-from agr_hf.hub.contents import read_results
 from agr_hf.hub.download import published_results
+from agr_hf.hub.results import read_results
 from agr_hf.optim.registry import OPTIMIZERS
+from agr_hf.texts import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,6 +33,16 @@ PER_RUN = (
     "parameters",
 )
 LOWER_IS_BETTER = ("loss", "perplexity", "fid")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Runs that differ in their seeds, one metric of them, and its values in the runs that have it."""
+
+    runs: list[Mapping[str, Any]]
+    metric: str
+    label: str
+    values: list[float]
 
 
 def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[dict[str, Any]]:
@@ -69,40 +82,42 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     Runs that differ in nothing but their seed are one row. With one seed there is no deviation, and rows that lie within
     each other's deviations are not told apart by this table.
     """
-    rows: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         config = {key: value for key, value in run["config"].items() if key not in PER_RUN}
-        rows.setdefault(json.dumps([run["task"], run["optimizer"], config], sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps([run["task"], run["optimizer"], config], sort_keys=True), []).append(run)
     lines = ["| task | data | model | optimizer | rate | runs | metric | value | seconds |",
              "| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: |"]  # fmt: skip
-    for group in sorted(rows.values(), key=_order):
-        run = group[0]
+    for row in sorted(map(_row, groups.values()), key=_order):
+        group, values, run = row.runs, row.values, row.runs[0]
         info = OPTIMIZERS.get(run["optimizer"])
-        key, label, _ = _main(run)
-        values = [_main(r)[2] for r in group if _main(r)[0] == key]
         value = f"{statistics.mean(values):.4g}" if values else "–"
         if len(values) > 1:
             value += f" ± {statistics.stdev(values):.2g}"
-        seconds = statistics.mean(r.get("seconds") or 0 for r in group)
-        config = run["config"]
+        if len(values) < len(group):
+            value += f" ({len(values)} of {len(group)} runs)"
+        seconds = [r["seconds"] for r in group if r.get("seconds") is not None]
+        config, rate = run["config"], run["config"].get("learning_rate")
         cells = [
             run["task"], (run.get("dataset") or {}).get("name", "–"),
             config.get("model_name") or config.get("unet") or f"hidden {config.get('hidden_size', '–')}",
-            info.title if info else run["optimizer"], f"{config.get('learning_rate', 0):g}",
-            len(group), label, value, f"{seconds:.0f}",
+            info.title if info else run["optimizer"], "–" if rate is None else f"{rate:g}",
+            len(group), row.label, value, f"{statistics.mean(seconds):.0f}" if seconds else "–",
         ]  # fmt: skip
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _main(run: Mapping[str, Any]) -> tuple[str, str, float]:
-    shown = shown_metrics(task_of(run), run["metrics"])
-    return shown[0] if shown else ("", "–", float("nan"))
+def _row(group: list[Mapping[str, Any]]) -> _Row:
+    labels = {key: label for run in group for key, label, _ in shown_metrics(task_of(run), run["metrics"])}
+    key = min(labels, key=lambda name: name == "loss", default="loss")  # the loss where there is nothing else
+    values = [value for run in group for name, _, value in shown_metrics(task_of(run), run["metrics"]) if name == key]
+    return _Row(group, key, labels.get(key, "–"), values)
 
 
-def _order(group: list[Mapping[str, Any]]) -> tuple[Any, ...]:
-    key = _main(group[0])[0]
-    mean = statistics.mean(_main(run)[2] for run in group)
-    lower = key in LOWER_IS_BETTER or key.startswith("frechet_distance")
-    data = str((group[0].get("dataset") or {}).get("name"))
-    return group[0]["task"], data, key, mean if lower else -mean
+def _order(row: _Row) -> tuple[Any, ...]:
+    run = row.runs[0]
+    mean = statistics.mean(row.values) if row.values else math.inf  # what failed comes last
+    lower = row.metric in LOWER_IS_BETTER or row.metric.startswith("frechet_distance")
+    data = str((run.get("dataset") or {}).get("name"))
+    return run["task"], data, row.metric, mean if lower or not row.values else -mean

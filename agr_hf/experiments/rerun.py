@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,9 +20,10 @@ import torch
 
 from agr_hf.environment import environment
 from agr_hf.files import write_text
-from agr_hf.hub.contents import read_results
 from agr_hf.hub.download import download_run, published_results
+from agr_hf.hub.results import read_results
 from agr_hf.hub.training_state import FOLDER, import_checkpoint
+from agr_hf.texts import one_line, public
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -59,6 +61,8 @@ ARGUMENTS: dict[str, frozenset[str]] = {
 }
 # Arguments of a published command that are the publisher's own affair.
 LEFT_OUT = re.compile(r"output_dir|report_to|resume_from_checkpoint|push_.*|hub_.*|run_name|logging_dir")
+# Published files are known by their names: a path or an address in a command is not of our making.
+ELSEWHERE = re.compile(r"[A-Za-z][\w+.\-]*://")
 FEATURES = re.compile(r"pixels|timm:[\w.\-]+")
 
 
@@ -71,42 +75,54 @@ def published_command(results: Mapping[str, Any]) -> tuple[str, list[str]]:
     try:
         words = shlex.split(results["command"])
     except ValueError as error:
-        raise ValueError(f"the published command cannot be read ({error}): {results['command']!r}") from None
+        raise ValueError(f"the published command cannot be read ({error}): {one_line(results['command'])}") from None
     place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     script = "" if place is None else Path(words[place]).name
     if place is None or script not in ARGUMENTS:
         raise ValueError(
-            f"the published command is not of one of agr_hf's scripts ({', '.join(ARGUMENTS)}): {results['command']!r}"
+            f"the published command is not of one of agr_hf's scripts ({', '.join(ARGUMENTS)}): "
+            f"{one_line(results['command'])}"
         )
     kept: list[str] = []
     taking: bool | None = None
     for word in words[place + 1 :]:
         if not word.startswith("--"):
             if taking:
+                _check_value(word, results)
                 kept.append(word)
             elif taking is None:
                 raise ValueError(
-                    f"the published command begins with {word!r}, which is no argument: {results['command']}"
+                    f"the published command begins with {word!r}, which is no argument: {one_line(results['command'])}"
                 )
             continue  # the value of an argument left out
-        name = word[2:].partition("=")[0]
-        known = name if name in ARGUMENTS[script] else re.sub(r"^no[-_]", "", name)
+        name, _, value = word[2:].partition("=")
+        name = name.replace("-", "_")  # the scripts take either
+        known = name if name in ARGUMENTS[script] else name.removeprefix("no_")
         taking = known in ARGUMENTS[script]
         if taking:
+            _check_value(value, results)
             kept.append(word)
         elif not LEFT_OUT.fullmatch(name):
             raise ValueError(
                 f"the published command has --{name}, which is not repeated for others; if you want it, run the command "
-                f"yourself: {results['command']}"
+                f"yourself: {one_line(results['command'])}"
             )
     features = [v for f, v in zip(kept, [*kept[1:], ""], strict=True) if f == "--features"]
     features += [word.partition("=")[2] for word in kept if word.startswith("--features=")]
     if not all(FEATURES.fullmatch(value) for value in features):
         raise ValueError(
             f"the published command takes features from {', '.join(features)}, which would load code or files; run the "
-            f"command yourself if you trust it: {results['command']}"
+            f"command yourself if you trust it: {one_line(results['command'])}"
         )
     return script, kept
+
+
+def _check_value(value: str, results: Mapping[str, Any]) -> None:
+    if ELSEWHERE.search(value) or public(value) != value:
+        raise ValueError(
+            f"the published command names {one_line(value)!r}, a place outside; if you trust it, run the command yourself: "
+            f"{one_line(results['command'])}"
+        )
 
 
 def script_path(script: str) -> Path:
@@ -125,12 +141,8 @@ def run_script(script: str, arguments: Sequence[str], processes: int = 1) -> Non
     """Run a training script of the package in processes of its own.
 
     Raises:
-        ValueError: there are fewer processors than processes.
         RuntimeError: it failed; what it wrote to stderr was shown.
     """
-    most = max(os.cpu_count() or 1, torch.cuda.device_count())
-    if not 1 <= processes <= most:
-        raise ValueError(f"the run was made with {processes} processes, and this machine has room for {most}")
     path = script_path(script)
     launcher = (
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -140,6 +152,21 @@ def run_script(script: str, arguments: Sequence[str], processes: int = 1) -> Non
     code = subprocess.run(command, check=False).returncode
     if code:
         raise RuntimeError(f"training_scripts/{script} ended with exit code {code}; its messages are above")
+
+
+def prepared(published: Mapping[str, Any], output_dir: Path) -> tuple[str, list[str], int]:
+    """Script, arguments and processes of a published run, for a folder that holds nothing yet.
+
+    Raises:
+        ValueError: the run cannot be repeated here, or the folder has files that it might replace.
+    """
+    script, arguments = published_command(published)
+    processes, most = published.get("processes") or 1, max(os.cpu_count() or 1, torch.cuda.device_count())
+    if not 1 <= processes <= most:
+        raise ValueError(f"the run was made with {processes} processes, and this machine has room for {most}")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} is there and not empty; pass a new folder as --output-dir")
+    return script, [*arguments, "--output_dir", str(output_dir)], processes
 
 
 def reproduce(
@@ -168,19 +195,17 @@ def reproduce(
         RuntimeError: the script failed.
     """
     published = published_results(source, revision=revision, api=api)
-    script, arguments = published_command(published)
     output_dir = Path(output_dir)
-    if (output_dir / "results.json").exists():
-        raise ValueError(f"{output_dir} holds a run already; pass another --output_dir")
+    script, arguments, processes = prepared(published, output_dir)
     for line in differences(published):
         print(line)
-    run_script(script, [*arguments, "--output_dir", str(output_dir), *extra], published.get("processes") or 1)
+    run_script(script, [*arguments, *extra], processes)
     repeated = read_results(output_dir)
     keys = list(dict.fromkeys([*published["metrics"], *repeated["metrics"]]))
     rows = [(key, published["metrics"].get(key), repeated["metrics"].get(key)) for key in keys]
-    print(comparison(rows))
-    record = {"source": source, "published": published["metrics"], "repeated": repeated["metrics"]}
+    record = {"source": public(source), "published": published["metrics"], "repeated": repeated["metrics"]}
     write_text(output_dir / "reproduction.json", json.dumps(record, indent=2) + "\n")
+    print(comparison(rows))
     return rows
 
 
@@ -189,10 +214,11 @@ def differences(published: Mapping[str, Any]) -> list[str]:
     here, found = environment(), []
     for key in ("device", "torch_threads", "system"):
         if published.get(key) not in (None, here[key]):
-            found.append(f"{key}: published {published[key]}, here {here[key]}")
+            found.append(f"{key}: published {one_line(published[key])}, here {here[key]}")
     for name, version in (published.get("versions") or {}).items():
         if here["versions"].get(name) != version:
-            found.append(f"{name}: published {version}, here {here['versions'].get(name, 'not installed')}")
+            here_too = here["versions"].get(name, "not installed")
+            found.append(f"{one_line(name)}: published {one_line(version)}, here {here_too}")
     return found
 
 
@@ -202,9 +228,10 @@ def comparison(rows: Sequence[tuple[str, Any, Any]]) -> str:
     for name, one, other in rows:
         numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, other))
         shown = [
-            "–" if value is None else f"{value:.6g}" if isinstance(value, float) else value for value in (one, other)
+            "–" if value is None else f"{value:.6g}" if isinstance(value, float) else one_line(value)
+            for value in (one, other)
         ]
-        lines.append(f"| {name} | {shown[0]} | {shown[1]} | {f'{other - one:+.3g}' if numbers else '–'} |")
+        lines.append(f"| {one_line(name)} | {shown[0]} | {shown[1]} | {f'{other - one:+.3g}' if numbers else '–'} |")
     return "\n".join(lines)
 
 
@@ -234,8 +261,10 @@ def resume(
         RuntimeError: the script failed.
     """
     output_dir = Path(output_dir)
-    if (output_dir / "results.json").exists():
-        raise ValueError(f"{output_dir} holds a run already; pass another --output_dir")
+    if Path(repo_id).is_dir():
+        raise ValueError(
+            f"{repo_id} is a folder here; run its own command again, with more epochs and --resume_from_checkpoint latest"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         download_run(
@@ -250,11 +279,8 @@ def resume(
                 f"{repo_id} was published without its training state; push it with --with-training-state, or start from "
                 "its weights"
             )
-        script, arguments = published_command(results)
+        script, arguments, processes = prepared(results, output_dir)
         checkpoint = import_checkpoint(folder / FOLDER, output_dir)
         if (folder / "tokenizer").is_dir():
-            for path in (folder / "tokenizer").iterdir():
-                (output_dir / "tokenizer").mkdir(exist_ok=True)
-                os.replace(path, output_dir / "tokenizer" / path.name)
-    arguments += ["--output_dir", str(output_dir), "--resume_from_checkpoint", str(checkpoint), *extra]
-    run_script(script, arguments, results.get("processes") or 1)
+            shutil.copytree(folder / "tokenizer", output_dir / "tokenizer")
+    run_script(script, [*arguments, "--resume_from_checkpoint", str(checkpoint), *extra], processes)

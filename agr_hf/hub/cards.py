@@ -6,11 +6,13 @@ import html
 import importlib.resources
 import json
 import re
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from agr_hf.optim.registry import OPTIMIZERS
+from agr_hf.texts import one_line
 
 CITATION = """@misc{agr2024,
   title = {Adaptive Gradient Regularization: A Faster and Generalizable Optimization Technique for Deep Neural
@@ -125,8 +127,10 @@ def model_card(
     optimizer = results["optimizer"]
     info = OPTIMIZERS.get(optimizer)
     gradients = results.get("gradients") or {}
-    layers = sorted(gradients.get("layers", {}).items(), key=lambda item: -(item[1].get("effect") or 0.0))
-    layers = [(name, {"log_mean": None, "log_std": None, **layer}) for name, layer in layers]
+    layers = sorted((gradients.get("layers") or {}).items(), key=lambda item: -(item[1].get("effect") or 0.0))
+    statistics = dict.fromkeys(("effect", "largest_share", "log_mean", "log_std"))
+    layers = [(name, {**statistics, **layer}) for name, layer in layers]
+    effect = (gradients.get("overall") or {}).get("effect")
     return environment.from_string(template).render(
         metadata=metadata(results, repo_id),
         title=title(results),
@@ -136,9 +140,10 @@ def model_card(
         dataset=_dataset_words(results.get("dataset") or {}),
         metrics=[(name, value) for name, value in _metrics(task, results["metrics"]) if value is not None],
         curves=curves,
-        samples=samples,
+        samples=urllib.parse.quote(samples) if samples else None,
         uses_agr=optimizer.startswith("agr_"),
-        gradients=gradients,
+        effect=None if effect is None else 100 * effect,
+        measurements=gradients.get("measurements"),
         layers=layers[:LAYERS_SHOWN],
         hidden=max(len(layers) - LAYERS_SHOWN, 0),
         groups=[
@@ -147,9 +152,9 @@ def model_card(
                 "parameters": group["parameters"],
                 "options": [(key, value) for key, value in group.items() if key not in ("tensors", "parameters")],
             }
-            for group in results.get("optimizer_groups", [])
+            for group in results.get("optimizer_groups") or []
         ],
-        command=_one_line(results["command"]).replace("```", "` ` `"),
+        command=one_line(results["command"]).replace("```", "` ` `"),
         repo_id=repo_id,
         resumable=resumable,
         conditions=_conditions(results),
@@ -180,11 +185,11 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
     task, dataset = task_of(results), results.get("dataset") or {}
     hub_id = dataset.get("hub_id")
     hub_id = hub_id if hub_id and HUB_ID.fullmatch(hub_id) else None
-    name = _one_line(dataset.get("name") or "unknown")
+    name = one_line(dataset.get("name") or "unknown")
     evaluations = [
         EvalResult(
             task_type=task.pipeline,
-            dataset_type=hub_id or re.sub(r"[^\w.]+", "-", name).strip("-"),
+            dataset_type=hub_id or re.sub(r"[^\w.]+", "-", name).strip("-") or "unknown",
             dataset_name=name,
             dataset_split=task.split,
             dataset_revision=dataset.get("revision") if hub_id else None,
@@ -304,19 +309,14 @@ def _conditions(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in rows.items() if value is not None]
 
 
-def _one_line(value: Any) -> str:
-    """Text without line breaks and other control characters."""
-    return re.sub(r"[\x00-\x1f\x7f\u0085\u2028\u2029]+", " ", str(value)).strip()
-
-
 def _markdown(value: Any) -> str:
     """Text that stays text in Markdown: no markup, no HTML, no new cell of a table."""
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(_one_line(value), quote=False))
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(one_line(value), quote=False))
 
 
 def _code(value: Any) -> str:
     """A code span of any text."""
-    text = _one_line(value).replace("|", "\\|")
+    text = one_line(value).replace("|", "\\|")
     fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 

@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from agr_hf.tasks.runs import TOKEN, public, secrets
+from agr_hf.integrations.checkpoints import file_fault, shards_of
+from agr_hf.texts import holds_secret, public
 
 # Weights are published as safetensors only: never what must be unpickled, and no event files, whose names hold a host's.
-KINDS = (".safetensors", ".json", ".txt", ".model", ".png", ".jinja")
+KINDS = (".safetensors", ".json", ".model", ".png", ".jinja")
+VOCABULARIES = ("vocab.txt", "merges.txt")
 # Folders at the top of a run: components of a diffusers pipeline, samples, an exported checkpoint.
 FOLDERS = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "samples", "training_state")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "model_index.json")
 # What another model's loader would take up beside this run's files.
-LOADED = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(adapter_config|model_index)\.json")
+LOADED = re.compile(
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"|(adapter_config|model_index|tokenizer|added_tokens|special_tokens_map|vocab|(generation|preprocessor|tokenizer)_config)"
+    r"\.json|chat_template\.(jinja|json)|(tokenizer|spiece)\.model|(vocab|merges)\.txt"
+)
 # Keys of transformers' and diffusers' JSON files whose values may be this machine's paths.
 PATH_KEYS = re.compile(r"(_or_path|_file|_dir|_path|checkpoint)$")
-# What results.json must hold, and of what types the rest is: it may be a stranger's.
-NEEDED = {"task": str, "optimizer": str, "command": str, "metrics": dict, "config": dict, "epochs": list}
-OPTIONAL: dict[str, tuple[type, ...]] = {
-    "dataset": (dict,),
-    "gradients": (dict,),
-    "optimizer_groups": (list,),
-    "versions": (dict,),
-    "processes": (int,),
-    "seconds": (int, float),
-}
 # Made by push itself.
 MADE = ("README.md", "curves.png", ".eval_results/agr_hf.yaml")
 
@@ -40,11 +37,12 @@ def is_published(path: str) -> bool:
         return True
     if not parts or any(part.startswith(".") or part in ("", "..") for part in parts) or path.startswith("/"):
         return False
-    return PurePosixPath(path).suffix in KINDS and (len(parts) == 1 or parts[0] in FOLDERS)
+    kind = PurePosixPath(path).suffix in KINDS or parts[-1] in VOCABULARIES
+    return kind and (len(parts) == 1 or parts[0] in FOLDERS)
 
 
 def is_replaced(path: str) -> bool:
-    """Whether a push of a run without this file takes it off the Hub: a run's folders and a model's weights.
+    """Whether a push of a run without this file takes it off the Hub: a run's folders, a model's weights and tokenizer.
 
     Other files at the top are left, whoever put them there.
     """
@@ -75,38 +73,25 @@ def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
         )
     if not any(name in files for name in WEIGHTS):
         raise ValueError(f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json")
+    fault = _fault_of(files)
+    if fault:
+        raise ValueError(f"{run_dir}: {fault}; nothing was pushed: train it again with --resume_from_checkpoint latest")
     return files
 
 
-def read_results(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """A run's `results.json`, from a folder, a file or its bytes.
-
-    Raises:
-        ValueError: it is not there or not whole; the message says which.
-    """
-    if isinstance(source, bytes):
-        name, text = "results.json", source.decode("utf-8", errors="replace")
-    else:
-        path = Path(source)
-        path = path / "results.json" if path.is_dir() else path
-        name = str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error.strerror}") from None
-    try:
-        results = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
-    if not isinstance(results, dict):
-        raise ValueError(f"{name} is no table: it is not of a run of agr_hf's training scripts")
-    for key, kind in NEEDED.items():
-        if not isinstance(results.get(key), kind):
-            raise ValueError(f"{name} has no {key!r}: it is not of a run of agr_hf's training scripts")
-    for key, kinds in OPTIONAL.items():
-        if results.get(key) is not None and not isinstance(results[key], kinds):
-            raise ValueError(f"{name} has a {type(results[key]).__name__} as {key!r}: it is damaged")
-    return results
+def _fault_of(files: Mapping[str, Path]) -> str | None:
+    """What keeps a model from being loaded, or None."""
+    for name, path in files.items():
+        fault = file_fault(path)
+        if fault:
+            return f"{name} {fault}"
+        if name.endswith(".safetensors.index.json"):
+            missing = [shard for shard in shards_of(path) if str(PurePosixPath(name).with_name(shard)) not in files]
+            if missing:
+                return f"{name} names {missing[0]}, which is missing"
+    if "model_index.json" in files and not any(re.fullmatch(r"unet/.*\.safetensors", name) for name in files):
+        return "unet has no weights"
+    return None
 
 
 def public_bytes(name: str, path: Path) -> bytes | Path:
@@ -118,12 +103,9 @@ def public_bytes(name: str, path: Path) -> bytes | Path:
     content: bytes | Path = path
     if path.suffix == ".json":
         raw = path.read_bytes()
-        try:
-            value = json.loads(raw)
-        except ValueError:
-            raise ValueError(f"{name} is cut short or no JSON; nothing was pushed") from None
+        value = json.loads(raw)
         cleaned = _without_paths(value)
-        if name.endswith("trainer_state.json") and cleaned.get("best_model_checkpoint"):
+        if name.endswith("trainer_state.json") and isinstance(cleaned, dict) and "best_model_checkpoint" in cleaned:
             cleaned["best_model_checkpoint"] = None  # a path of this machine
         content = raw if cleaned == value else json.dumps(cleaned, indent=2).encode() + b"\n"
     refuse_secrets(name, content if isinstance(content, bytes) else content.read_bytes())
@@ -141,5 +123,5 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 def refuse_secrets(name: str, content: bytes) -> None:
     """Raise ValueError if a token, or what the environment keeps under such a name, is in a file to be published."""
-    if any(value.encode() in content for value in secrets()) or re.search(TOKEN.pattern.encode(), content):
+    if holds_secret(content):
         raise ValueError(f"{name} holds an access token or another secret; nothing was pushed: take it out first")

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from agr_hf.hub.contents import is_published, read_results
+from agr_hf.hub.contents import is_published
 from agr_hf.hub.patience import persistently
+from agr_hf.hub.results import read_results
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -70,7 +71,10 @@ def published_results(source: str, *, revision: str | None = None, api: HfApi | 
     if Path(source).exists():
         return read_results(source)
     with tempfile.TemporaryDirectory() as folder:
-        download_run(source, folder, lambda name: name == "results.json", revision=revision, api=api)
+        try:
+            download_run(source, folder, lambda name: name == "results.json", revision=revision, api=api)
+        except ConnectionError as error:
+            raise ConnectionError(f"there is no folder {source} here, and {error}") from None
         if not (Path(folder) / "results.json").exists():
             raise ValueError(f"{source} has no results.json: it was not published by agr_hf")
         return read_results((Path(folder) / "results.json").read_bytes())

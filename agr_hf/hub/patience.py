@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from agr_hf.tasks.runs import without_secrets
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from agr_hf.texts import one_line, without_secrets
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 # The client repeats some of its requests itself; this is for whatever it gives up on.
 ATTEMPTS = 5
 FIRST_PAUSE = 1.0
 # 412: someone else was faster; 422: an upload arrived damaged.
 TEMPORARY_CODES = (408, 412, 422, 429)
+# Of this machine's disk, and not of the network.
+LOCAL = (
+    errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+
+# Errors of the client that are OSErrors, and do not pass with time.
+FINAL = (LocalTokenNotFoundError, OfflineModeIsEnabled)
 
 
-def persistently(failed: str, attempt: Callable[[int], Result]) -> Result:
-    """Call `attempt` with 0, 1, ... until it works, with longer and longer pauses; a ConnectionError where it never does."""
+def persistently(failed: str, attempt: Callable[[int], Result], afterwards: str = "Try again later") -> Result:
+    """Call `attempt` with 0, 1, ... until it works, with longer and longer pauses.
+
+    Args:
+        failed: the beginning of a message, what did not work.
+        attempt: what to do.
+        afterwards: the end of the message where the Hub failed again and again.
+
+    Raises:
+        ConnectionError: it never worked, or what it raised will not pass with time.
+    """
     pause = FIRST_PAUSE
     for number in range(ATTEMPTS):
         try:
@@ -31,11 +52,10 @@ def persistently(failed: str, attempt: Callable[[int], Result]) -> Result:
             code = _status(error)
             if not _is_temporary(error, code):
                 raise ConnectionError(f"{failed}: {_advice(error, code)}") from None
-            reason = without_secrets(str(error) or type(error).__name__).splitlines()[0]
+            reason = one_line(without_secrets(str(error) or type(error).__name__).splitlines()[0])
             if number + 1 == ATTEMPTS:
                 raise ConnectionError(
-                    f"{failed}: the Hub failed {ATTEMPTS} times, the last time with: {reason} The branch is as it was; push "
-                    "again later, what was uploaded is not sent twice"
+                    f"{failed}: the Hub failed {ATTEMPTS} times, the last time with: {reason.rstrip('.')}. {afterwards}"
                 ) from None
             logger.warning("the Hub failed (%s); trying again in %g s", reason, pause)
             time.sleep(pause)
@@ -62,14 +82,16 @@ def _is_temporary(error: BaseException, code: int | None) -> bool:
         return code >= 500 or code in TEMPORARY_CODES
     # The client's HTTP library has errors of its own; garbage in the place of JSON is a ValueError.
     library = type(error).__module__.partition(".")[0]
+    if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in LOCAL):
+        return False
     return library.startswith(("httpx", "httpcore")) or isinstance(error, (OSError, json.JSONDecodeError))
 
 
 def _advice(error: BaseException, code: int | None) -> str:
     reason = without_secrets(str(error) or type(error).__name__).strip().splitlines()
-    said = reason[-1] if reason else type(error).__name__
-    if code == 401:
-        return "the token is missing, wrong or expired; log in with `hf auth login` or set HF_TOKEN"
+    said = one_line(reason[-1]) if reason else type(error).__name__
+    if code == 401 or isinstance(error, LocalTokenNotFoundError):
+        return f"the token is missing, wrong or expired; {LOG_IN}"
     if code == 403:
         return f"the token may not write there ({said}); use one with write access to this namespace"
     if code == 404:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -12,14 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
-from agr_hf.hub.contents import is_replaced, public_bytes, read_results, refuse_secrets, run_files
-from agr_hf.hub.patience import persistently
+from agr_hf.hub.contents import is_replaced, public_bytes, refuse_secrets, run_files
+from agr_hf.hub.patience import LOG_IN, persistently
+from agr_hf.hub.results import read_results
 from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
-from agr_hf.tasks.runs import without_secrets
+from agr_hf.texts import one_line, without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from transformers import TrainingArguments
+
+
+# What is true after every push that failed.
+UNCHANGED = "The branch is as it was; push again later, what was uploaded is not sent twice"
 
 
 def push_run(
@@ -53,32 +59,33 @@ def push_run(
         URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: the folder holds no finished run, or a token; nothing was sent.
+        ValueError: the folder holds no finished run, or a token, or there is no such place; nothing was sent.
         ConnectionError: the Hub refused, or failed again and again; the message says what to do. The branch is as it was.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
     api = api or HfApi()
+    validate_repo_id(repo_id)
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"revision={revision} is a commit; name a branch to push to, or none for main")
     if "/" not in repo_id:
-        user = persistently(f"{repo_id} was not pushed", lambda _: api.whoami()["name"])
+        user = persistently(f"{repo_id} was not pushed", lambda _: api.whoami()["name"], afterwards=UNCHANGED)
         repo_id = f"{user}/{repo_id}"
     with tempfile.TemporaryDirectory() as temporary:
         contents = prepare(run_dir, repo_id, Path(temporary), with_training_state)
         results = read_results(run_dir)
-        message = (
-            without_secrets(message)
-            if message
-            else f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
-        )
+        title = message or f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
+        title = one_line(without_secrets(title))
         digest = _digest(contents)
 
         def attempt(number: int) -> str:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision not in (None, "main") and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return _commit(api, repo_id, contents, revision, create_pr, message, digest, repeated=number > 0)
+            return _commit(api, repo_id, contents, revision, create_pr, title, digest, repeated=number > 0)
 
-        return persistently(f"{repo_id} was not pushed", attempt)
+        return persistently(f"{repo_id} was not pushed", attempt, afterwards=UNCHANGED)
 
 
 def push_finished(run_dir: str | os.PathLike[str], repo_id: str, **options: Any) -> None:
@@ -191,18 +198,27 @@ def _digest(contents: Mapping[str, bytes | Path]) -> str:
     return total.hexdigest()[:16]
 
 
+def require_token(token: str | None = None) -> None:
+    """Raise ValueError where nobody is logged in: better before a training than after it."""
+    from huggingface_hub import get_token
+
+    if not (token or get_token()):
+        raise ValueError(f"push_to_hub needs a token of the Hub: {LOG_IN}")
+
+
 def take_over_push(args: TrainingArguments, with_training_state: bool = False) -> dict[str, Any] | None:
     """Trainer's `--push_to_hub` and `--hub_*` as arguments of `push_run`; None where nothing is to be pushed.
 
     Trainer pushes at every save, and its own card. From here on it does not: a script pushes once, when the run is whole.
 
     Raises:
-        ValueError: there is neither --hub_model_id nor a name in --output_dir.
+        ValueError: there is no token.
     """
     if not args.push_to_hub:
         return None
     from huggingface_hub import HfApi
 
+    require_token(args.hub_token)
     args.push_to_hub = False
     return {
         "repo_id": args.hub_model_id or Path(args.output_dir or ".").resolve().name,

@@ -27,6 +27,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl")
 # Trainer writes its arguments for the record and never reads them.
 LEFT_OUT = ("training_args.bin",)
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+# Of what is no pickle, these go along: neither a card with paths in it nor what a program keeps hidden.
+KINDS = (".safetensors", ".json", ".model")
 
 
 def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
@@ -47,14 +49,15 @@ def export_checkpoint(checkpoint: str | os.PathLike[str], folder: str | os.PathL
     folder.mkdir(parents=True, exist_ok=True)
     pickles = []
     for path in sorted(checkpoint.iterdir()):
-        if path.name in LEFT_OUT:
+        if path.name in LEFT_OUT or path.is_symlink():
             continue
-        if path.suffix not in PICKLES:
-            if path.is_dir():
-                raise ValueError(
-                    f"{checkpoint.name} is sharded over processes ({path.name}); only whole checkpoints are published"
-                )
+        if path.is_dir():
+            raise ValueError(
+                f"{checkpoint.name} is sharded over processes ({path.name}); only whole checkpoints are published"
+            )
+        if path.suffix in KINDS and NAME.fullmatch(path.name):
             shutil.copyfile(path, folder / path.name)
+        if path.suffix not in PICKLES:
             continue
         try:
             with torch.serialization.safe_globals(_numpy_globals()):
@@ -71,7 +74,7 @@ def import_checkpoint(folder: str | os.PathLike[str], output_dir: str | os.PathL
     """Make a checkpoint under `output_dir` again of what `export_checkpoint` wrote. Nothing from outside is unpickled.
 
     Returns:
-        The checkpoint's folder; an older one of the same name is replaced.
+        The checkpoint's folder.
 
     Raises:
         ValueError: the folder is not what `export_checkpoint` writes.
@@ -82,9 +85,12 @@ def import_checkpoint(folder: str | os.PathLike[str], output_dir: str | os.PathL
         name, pickles = str(index["name"]), [str(pickle) for pickle in index["pickles"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no published training state: {error}") from None
-    for text in (name, *pickles):
+    if not re.fullmatch(r"checkpoint-\d{1,12}", name):
+        raise ValueError(f"{folder / INDEX} names {name!r}, which is no checkpoint")
+    for text in pickles:
         if not NAME.fullmatch(text):
             raise ValueError(f"{folder / INDEX} names {text!r}, which is no file name of a checkpoint")
+    _check_trainer_state(folder / "trainer_state.json")
     with replaced_folder(Path(output_dir) / name) as temporary:
         made = {INDEX}
         for pickle in pickles:
@@ -93,9 +99,24 @@ def import_checkpoint(folder: str | os.PathLike[str], output_dir: str | os.PathL
             torch.save(unpickled.load(folder / pickle), temporary / pickle)
             made |= {f"{pickle}.json", f"{pickle}.safetensors"}
         for path in folder.iterdir():
-            if path.name not in made and path.suffix in (".safetensors", ".json"):
+            if path.name not in made and path.suffix in KINDS:
                 shutil.copyfile(path, temporary / path.name)
     return Path(output_dir) / name
+
+
+def _check_trainer_state(path: Path) -> None:
+    """Raise ValueError where Trainer could not read its state, or the scripts its log; not every checkpoint has one."""
+    from transformers import TrainerState
+
+    if not path.exists():
+        return
+    try:
+        log = TrainerState.load_from_json(str(path)).log_history
+        whole = all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in log)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no state of a Trainer: {error}") from None
+    if not whole:
+        raise ValueError(f"{path.name} is no state of a Trainer: its log has an entry without a step")
 
 
 def _numpy_globals() -> list[Any]:

@@ -7,9 +7,8 @@ def register() -> None:
     """Make the optimizers known by name to transformers' Trainer and, where it is installed, to timm.
 
     Afterwards `TrainingArguments(optim="agr_adamw")`, `--optim agr_adamw` in any script with HfArgumentParser, and
-    `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm reads the text behind an underscore as the whole name,
-    so names there have none. Call it in every process that parses such names. May be called again: nothing is added
-    twice.
+    `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm lists names without underscores, and takes both. Call it
+    in every process that parses such names. May be called again: nothing is added twice.
 
     Raises:
         RuntimeError: this version of transformers or timm has no place for it; the message names the public route.

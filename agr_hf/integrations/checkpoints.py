@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import struct
 import zipfile
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     for path in sorted(folder.iterdir()):
-        fault = _file_fault(path)
+        fault = file_fault(path)
         if fault:
             return f"{path.name} {fault}"
     state = folder / "trainer_state.json"  # Trainer writes it last
@@ -96,7 +95,11 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     if weights is None:
         return "model.safetensors is missing"
     if weights.name.endswith(".index.json"):
-        for shard in sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())):
+        try:
+            shards = shards_of(weights)
+        except ValueError as error:
+            return str(error)
+        for shard in shards:
             if not (folder / shard).exists():
                 return f"{shard} is missing"
     for name in ("optimizer.pt", "scheduler.pt"):
@@ -107,8 +110,20 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def _file_fault(path: Path) -> str | None:
-    """What is wrong with one file, or None."""
+def shards_of(index: Path) -> list[str]:
+    """The files that a `model.safetensors.index.json` names.
+
+    Raises:
+        ValueError: it is no such index.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index.name} is no index of weights") from None
+
+
+def file_fault(path: Path) -> str | None:
+    """What is wrong with one file of a model or checkpoint, as the end of a sentence, or None."""
     if not path.is_file():
         return None
     if path.suffix == ".safetensors":
@@ -116,7 +131,7 @@ def _file_fault(path: Path) -> str | None:
     if path.suffix == ".json":
         try:
             json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return "is cut short or no JSON"
     if path.suffix in (".pt", ".pth", ".bin"):
         try:
@@ -130,20 +145,13 @@ def _file_fault(path: Path) -> str | None:
 
 
 def _safetensors_fault(path: Path) -> str | None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            return "is cut short"
-        (length,) = struct.unpack("<Q", head)
-        if length > size - 8:
-            return "is cut short"
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return "has a damaged header"
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    return None if size == 8 + length + end else "is cut short"
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"is cut short or damaged ({error})"
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str], write: bool = True) -> None:
@@ -199,7 +207,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
     for name in (OPTIMIZER_TENSORS, OPTIMIZER_TABLE):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing; save_optimizer writes it")
-        fault = _file_fault(folder / name)
+        fault = file_fault(folder / name)
         if fault:
             raise ValueError(f"{folder / name} {fault}")
     table = json.loads((folder / OPTIMIZER_TABLE).read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -46,11 +47,19 @@ def _knows(registry: Any, name: str) -> bool:
 def _with_agr_flags(create: Any) -> Any:
     """timm makes the groups and shows an optimizer class only these: which layers they are of is set afterwards."""
 
-    def create_optimizer(model_or_params: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = create(model_or_params, *args, **kwargs)
+    def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = create(model_or_params, _timm_name(opt), *args, **kwargs)
         if isinstance(model_or_params, torch.nn.Module) and "agr_steps" in optimizer.defaults:
             set_agr_flags(optimizer.param_groups, model_or_params)
         return optimizer
 
     create_optimizer.sets_agr_flags = True  # type: ignore[attr-defined]
     return create_optimizer
+
+
+def _timm_name(opt: str) -> str:
+    """timm takes what is before an underscore for a wrapper such as lookahead, and "agr_adamw" for "adamw"."""
+    for info in OPTIMIZERS.values():
+        if info.ours and "_" in info.name and re.search(rf"(^|_){info.name}$", opt.lower()):
+            return opt[: -len(info.name)] + info.timm_name
+    return opt

@@ -18,15 +18,15 @@ from agr_hf.environment import environment
 from agr_hf.files import write_text
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.statistics import unwrapped
+from agr_hf.texts import public
 
 if TYPE_CHECKING:
     import torch
 
 # Data sets that come with packages.
 EMBEDDED = ("digits", "pydoc-topics")
-# What an access token looks like; and names of environment variables that hold one.
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
+# Arguments that hold a token, also abbreviated, as argparse takes them.
+TOKEN_ARGUMENTS = re.compile(r"--(push_to_)?hub_t\w*")
 # Arguments that say where a run goes, not what it is.
 PRIVATE = ("hub_token", "push_to_hub_token", "hub_model_id", "logging_dir", "output_dir", "run_name")
 
@@ -91,7 +91,7 @@ def write_results(
 def plain(value: Any) -> Any:
     """JSON of a value: numbers that are not finite become None, the machine's paths their last part, the rest text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {public(str(key)): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float):
@@ -101,35 +101,18 @@ def plain(value: Any) -> Any:
     return public(str(getattr(value, "value", value)))
 
 
-def public(text: str) -> str:
-    """A text without secrets, and as its last part if it is a path that leads out of the working folder."""
-    text = without_secrets(text)
-    return Path(text).name if os.path.isabs(text) or text.startswith(("..", "~")) else text
-
-
-def secrets() -> list[str]:
-    """Values of the environment's variables that are named like a token or a password."""
-    return [value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= 8]
-
-
-def without_secrets(text: str) -> str:
-    """The text with access tokens, and whatever the environment keeps under such a name, replaced."""
-    for value in secrets():
-        text = text.replace(value, "<secret>")
-    return TOKEN.sub("<secret>", text)
-
-
 def command(script: str, argv: Sequence[str] | None = None) -> str:
     """The command line that repeats a run: without tokens and the machine's paths, of which the last part is kept."""
     words = []
     argv = list(sys.argv[1:] if argv is None else argv)
     while argv:
-        key, equals, value = argv.pop(0).partition("=")
-        if key.removeprefix("--") in ("hub_token", "push_to_hub_token"):
+        word = argv.pop(0)
+        name, equals, _ = word.partition("=")
+        if TOKEN_ARGUMENTS.fullmatch(name.replace("-", "_").replace("__", "--", 1)):
             if not equals and argv:
                 argv.pop(0)
-            continue
-        words.append(f"{key}={public(value)}" if equals else public(key))
+        else:
+            words.append(public(word))
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
     return shlex.join([*launcher, f"training_scripts/{Path(script).name}", *words])

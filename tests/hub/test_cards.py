@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 
 from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
-from agr_hf.hub.contents import read_results
+from agr_hf.hub.results import read_results
 
 HOSTILE = [
     "a: b\n---\nevil: true",

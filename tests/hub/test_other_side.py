@@ -1,5 +1,6 @@
 """Train, push, delete, load on the other side; resume and reproduce there; a table over it all."""
 
+import io
 import json
 import os
 import re
@@ -115,7 +116,7 @@ def test_a_run_is_reproduced_to_the_bit_and_both_results_are_shown(trained, hub,
     assert "+0" in out
     record = json.loads((tmp_path / "again/reproduction.json").read_text())
     assert record["published"] == record["repeated"]
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="is there and not empty"):
         rerun.reproduce("lab/run", tmp_path / "again", api=hub.api())
     # The comparison sees a difference where there is one.
     rows = rerun.reproduce("lab/run", tmp_path / "other", ["--seed", "8"], api=hub.api())
@@ -134,6 +135,11 @@ def test_a_run_is_reproduced_to_the_bit_and_both_results_are_shown(trained, hub,
         ("python train_albert.py --feat x", "has --feat, which is not repeated"),
         ("python train_albert.py config.json", "begins with 'config.json'"),
         ("python train_image_classifier.py --torch_compile true", "--torch_compile"),
+        ("python train_image_classifier.py --train_file http://host/x.parquet", "a place outside"),
+        ("python train_albert.py --train_file=hf://datasets/x/y.parquet", "a place outside"),
+        ("python train_albert.py --train_file /etc/passwd.txt", "a place outside"),
+        ("python train_albert.py --tokenizer_name ../../secret", "a place outside"),
+        ("python train_ddpm.py --train_data ~/photos", "a place outside"),
     ],
 )
 def test_hostile_commands_are_refused(command, message):
@@ -141,14 +147,30 @@ def test_hostile_commands_are_refused(command, message):
         rerun.published_command({"command": command})
 
 
+def test_code_in_a_tokenizer_of_others_is_not_run(tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tok.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: pass\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok.Tok", None]}})
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nothing is to be asked
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises((ValueError, OSError, KeyError)):
+        run_here("train_albert.py", [
+            *SMALL["albert"][1:], "--tokenizer_name", str(folder), "--output_dir", str(tmp_path / "o"),
+        ])  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+
+
 def test_of_a_command_what_it_trains_is_kept_and_where_to_is_left_out():
     command = (
-        "torchrun --nproc_per_node 2 training_scripts/train_image_classifier.py --model_name=mlp --output_dir o "
-        "--lr_milestones 1 2 --push_to_hub true --hub_model_id me/x "
+        "torchrun --nproc_per_node 2 training_scripts/train_image_classifier.py --model_name=mlp --output-dir o "
+        "--lr-milestones 1 2 --push_to_hub true --hub_model_id me/x "
         "--use_cpu true --report_to wandb --resume_from_checkpoint latest --seed 3"
     )
     assert rerun.published_command({"command": command}) == (
-        "train_image_classifier.py", ["--model_name=mlp", "--lr_milestones", "1", "2", "--use_cpu", "true", "--seed", "3"],
+        "train_image_classifier.py", ["--model_name=mlp", "--lr-milestones", "1", "2", "--use_cpu", "true", "--seed", "3"],
     )  # fmt: skip
 
 
@@ -229,10 +251,8 @@ def test_a_table_over_local_and_published_runs(trained, hub, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": [1]}, "has no 'metrics'"),
-        ({"dataset": "cifar10"}, "has a str as 'dataset'"),
-        ({"versions": []}, "has a list as 'versions'"),
-        ({"processes": "2"}, "has a str as 'processes'"),
+        ({"metrics": [1]}, r"metrics is \[1\], and must be a table"),
+        ({"processes": "2"}, 'processes is "2", and must be int'),
         ({"processes": 10**9}, "was made with 1000000000 processes"),
         ({"processes": -1}, "was made with -1 processes"),
     ],
@@ -245,12 +265,55 @@ def test_results_of_strangers_may_be_anything(changes, message, hub, tmp_path):
         rerun.reproduce("lab/run", tmp_path / "again", api=hub.api())
 
 
+@pytest.mark.parametrize("command", ["resume", "reproduce"])
+def test_a_folder_with_files_of_the_user_is_not_touched(command, trained, hub, tmp_path):
+    push_run(trained["image-classification"], "lab/run", with_training_state=True, api=hub.api())
+    mine = tmp_path / "mine"
+    (mine / "checkpoint-10").mkdir(parents=True)
+    (mine / "checkpoint-10/model.safetensors").write_bytes(b"mine")
+    before = contents(mine)
+    with pytest.raises(ValueError, match=r"mine is there and not empty; pass a new folder as --output-dir"):
+        getattr(rerun, command)("lab/run", mine, api=hub.api())
+    assert contents(mine) == before
+
+
 def test_a_table_leaves_out_what_is_no_training(tmp_path, caplog):
     made_up(tmp_path / "runs/a")
     (tmp_path / "runs/functions").mkdir()
     (tmp_path / "runs/functions/results.json").write_text('{"task": "functions"}')
     assert len(collect([str(tmp_path / "runs")])) == 1
     assert "left out: " in caplog.text
+
+
+def test_arguments_behind_the_dashes_reach_the_script(hub, logged_in, tmp_path, capsys, monkeypatch):
+    """The lines of README."""
+    push_run(made_up(tmp_path / "run"), "lab/digits", api=hub.api())
+    given = []
+
+    def stop(script, arguments, processes):
+        given.extend(arguments)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(rerun, "run_script", stop)
+    line = ["reproduce", "lab/digits", "--output-dir", str(tmp_path / "again"), "--", "--num_train_epochs", "20"]
+    assert main(line) == 1
+    assert given[-2:] == ["--num_train_epochs", "20"]
+    assert capsys.readouterr().err == "agr-hf: enough\n"
+    for words, message in (
+        (["reproduce", "lab/digits", "--output-dir", "x", "--max_steps", "3"], "come behind --"),
+        (["push", "run", "--repo-id", "x", "--", "--seed", "1"], "unrecognized arguments: --seed 1"),
+        (["leaderboard", "run", "--seeds"], "unrecognized arguments: --seeds"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert message in capsys.readouterr().err
+
+
+def test_a_typing_error_in_a_folder_is_not_only_the_hubs_matter(hub, logged_in, tmp_path, capsys):
+    assert main(["leaderboard", "runs/typo"]) == 1
+    assert "there is no folder runs/typo here, and runs/typo was not downloaded" in capsys.readouterr().err
+    assert main(["resume", str(tmp_path), "--output-dir", str(tmp_path / "x")]) == 1
+    assert "is a folder here; run its own command again" in capsys.readouterr().err
 
 
 def test_the_command_line(hub, logged_in, tmp_path, capsys):

@@ -1,15 +1,18 @@
 """A push: what it puts there, in one commit; and every fault at every request of it."""
 
+import errno
 import json
 
 import pytest
 import torch
 from example_runs import contents, made_up
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from server import FAULTS
+from transformers import TrainingArguments
 
 from agr_hf.hub import patience
-from agr_hf.hub.push import push_finished, push_run
+from agr_hf.hub.push import push_finished, push_run, take_over_push
+from agr_hf.hub.training_state import export_checkpoint
 
 REPO = "tester/run"
 
@@ -40,18 +43,34 @@ def test_a_push_is_one_commit_with_the_published_files_only(hub, tmp_path):
 def test_a_second_push_replaces_what_the_first_one_put_there_and_nothing_else(hub, tmp_path):
     api = hub.api()
     push_run(made_up(tmp_path / "one"), REPO, api=api)
-    mine = ("LICENSE", "notes.txt", "labels.json", "ema.safetensors", "docs/picture.png")
+    old = (
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "vocab.txt",
+    )
+    for name in old:
+        api.upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id=REPO)
+    mine = (
+        "LICENSE",
+        "notes.txt",
+        "requirements.txt",
+        "labels.json",
+        "ema.safetensors",
+        "docs/picture.png",
+        "banner.png",
+    )
     for name in mine:
         api.upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id=REPO)
-    api.upload_file(path_or_fileobj=b"old", path_in_repo="model-00001-of-00002.safetensors", repo_id=REPO)
     push_run(made_up(tmp_path / "two", 2.0), REPO, api=api)
     files = hub.files(REPO)
     assert "samples/epoch-0001.png" not in files
     assert "samples/epoch-0002.png" in files
-    assert "model-00001-of-00002.safetensors" not in files
+    assert not files.keys() & set(old)
     assert all(files[name] == b"mine" for name in mine)
     assert json.loads(files["config.json"]) == {"value": 2.0}
-    assert len(hub.commits(REPO)) == 3 + len(mine) + 1
+    assert len(hub.commits(REPO)) == 3 + len(mine) + len(old)
 
 
 def test_the_same_push_again_makes_no_commit(hub, tmp_path):
@@ -168,6 +187,35 @@ def test_any_fault_at_any_request_leaves_the_old_revision_or_the_new_one(kind, t
 PUBLISHED = ("results.json", "config.json", "model.safetensors", "samples/epoch-0002.png")
 
 
+def test_a_fault_of_this_machine_is_not_put_on_the_hub(hub, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub.api().__class__, "create_repo", full)
+    with pytest.raises(ConnectionError, match="No space left on device") as error:
+        push_run(made_up(tmp_path / "run"), REPO, api=hub.api())
+    assert "the Hub failed" not in str(error.value)
+
+
+def test_a_title_is_one_line_and_a_repository_has_a_name(hub, tmp_path):
+    run = made_up(tmp_path / "run", optimizer="evil\n\nSigned-off-by: x")
+    push_run(run, REPO, api=hub.api())
+    assert hub.commits(REPO)[0].title == "Upload a run of evil Signed-off-by: x (image-classification) with agr_hf"
+    for name in ("lab/x\n", "a/b/c", ""):
+        with pytest.raises(ValueError, match="Repo id must"):
+            push_run(run, name, api=hub.api())
+
+
+def test_without_a_token_nothing_is_tried_again_and_no_training_begins(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ConnectionError, match="the token is missing, wrong or expired; log in with `hf auth login`"):
+        push_run(made_up(tmp_path / "run"), "bare", api=HfApi(endpoint=hub.endpoint))
+    assert not hub.requests
+    args = TrainingArguments(str(tmp_path), push_to_hub=True, report_to="none")
+    with pytest.raises(ValueError, match="push_to_hub needs a token of the Hub: log in with `hf auth login`"):
+        take_over_push(args)
+
+
 def test_an_interrupted_upload_is_taken_up_again(hub, tmp_path):
     """Weights that reached the Hub before the fault are not sent a second time."""
     run = made_up(tmp_path / "run")
@@ -189,6 +237,10 @@ def test_what_a_token_may_not_do_is_said(hub, tmp_path):
         push_run(run, REPO, api=hub.api())
 
 
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -196,6 +248,15 @@ def test_what_a_token_may_not_do_is_said(hub, tmp_path):
         (lambda run: (run / "model.safetensors").unlink(), "has no model"),
         (lambda run: (run / "results.json").write_text("{"), "is no JSON"),
         (lambda run: (run / "config.json").write_text('{"half": '), "cut short"),
+        (lambda run: (run / "model.safetensors").write_bytes(b""), "model.safetensors is cut short"),
+        (lambda run: cut_in_half(run / "model.safetensors"), "model.safetensors is cut short"),
+        (
+            lambda run: (run / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-1.safetensors"}}'
+            ),
+            "names model-1.safetensors, which is missing",
+        ),
+        (lambda run: (run / "model_index.json").write_text("{}"), "unet has no weights"),
         (lambda run: (run / "config.json").write_text('{"x": "hf_' + "a" * 34 + '"}'), "holds an access token"),
     ],
 )
@@ -215,9 +276,27 @@ def test_secrets_of_the_environment_and_paths_of_the_machine_stay_here(hub, tmp_
     push_run(run, REPO, api=hub.api())
     assert json.loads(hub.files(REPO)["tokenizer_config.json"]) == {"name_or_path": "run", "vocab": ["/", "/tmp"]}
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    (run / "notes.txt").write_text("key 0123456789abcdef")
-    with pytest.raises(ValueError, match=r"notes.txt holds"):
+    (run / "vocab.txt").write_text("key 0123456789abcdef")
+    with pytest.raises(ValueError, match=r"vocab.txt holds"):
         push_run(run, REPO, api=hub.api())
+
+
+def test_what_is_no_part_of_a_model_is_not_published(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    (run / "log.txt").write_text("saved to /home/alice/runs")
+    (run / ".env").write_text("x")
+    (run / "link.json").symlink_to("/etc/hostname")
+    checkpoint = run / "checkpoint-5"
+    (checkpoint / "trainer_state.json").write_text("{}")
+    export = tmp_path / "state"
+    (checkpoint / "optimizer.pt").unlink()
+    for name in (".env", "README.md", "evil.py", "events.out.tfevents.1.myhost", "scaler.pickle"):
+        (checkpoint / name).write_text("x")
+    (checkpoint / "link.json").symlink_to("/etc/hostname")
+    export_checkpoint(checkpoint, export)
+    assert {path.name for path in export.iterdir()} == {"trainer_state.json", "checkpoint.json"}
+    push_run(run, REPO, api=hub.api())
+    assert not {"log.txt", ".env", "link.json"} & hub.files(REPO).keys()
 
 
 def test_the_weights_load_on_the_other_side(hub, tmp_path):

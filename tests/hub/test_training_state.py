@@ -67,6 +67,8 @@ def test_a_checkpoint_with_code_in_it_is_not_published(tmp_path):
         {"name": "checkpoint-1", "pickles": ["../../outside.pt"]},
         {"name": "/etc", "pickles": []},
         {"name": ".", "pickles": []},
+        {"name": "src", "pickles": []},
+        {"name": "notes.md", "pickles": []},
         {"name": "checkpoint-1", "pickles": ["model.safetensors"]},
         {"pickles": []},
         [],
@@ -90,6 +92,19 @@ def test_published_pickles_are_left_where_they_are(tmp_path):
     (folder / "model.safetensors").write_bytes(b"weights")
     made = import_checkpoint(folder, tmp_path / "run")
     assert [path.name for path in made.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "state", ["[1]", '{"unknown": 1}', '{"log_history": [1]}', '{"log_history": [{"loss": 1}]}', "{", "[" * 100_000]
+)
+def test_a_hostile_trainer_state_is_refused(state, tmp_path):
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"name": "checkpoint-1", "pickles": []}))
+    (folder / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=r"trainer_state.json is no state of a Trainer"):
+        import_checkpoint(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_newest_complete_one_is_taken(trained, tmp_path):

@@ -221,6 +221,16 @@ class TestTimm:
                 if param.ndim > 1 and name not in ("pos_embed", "cls_token")
             }
 
+    @pytest.mark.parametrize("prefix", ["", "lookahead_", "Lookahead_"])
+    def test_our_own_names_do_not_make_timms_optimizers(self, prefix):
+        """timm alone reads agr_adamw as adamw, and trains without AGR without a word."""
+        from timm.optim import create_optimizer_v2
+
+        model = self.timm.create_model("resnet10t", num_classes=2)
+        for name in ("agr_adamw", "agr_adam", "agr_adan"):
+            made = create_optimizer_v2(model, prefix + name, lr=0.1)
+            assert isinstance(getattr(made, "_base_optimizer", made), optimizer_info(name).cls)
+
     def test_timms_own_optimizers_are_left_alone(self):
         from timm.optim import create_optimizer_v2
 

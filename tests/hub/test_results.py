@@ -1,0 +1,97 @@
+"""results.json of a stranger: every place in it may hold anything, and only a run's passes."""
+
+import json
+
+import pytest
+from example_runs import made_up
+
+from agr_hf.experiments.leaderboard import collect, leaderboard
+from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
+from agr_hf.hub.results import read_results
+
+VALUES = [None, True, 3, -1, 0.5, "text", [], [1], {}, {"a": 1}, [{}], [[]], {"a": {}}, {"overall": 1}, "1e-3", [None]]
+
+
+def places(value, path=()):
+    """Every place of a nested value, as its keys."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from places(entry, (*path, key))
+
+
+def with_value(value, path, new):
+    """A copy with another value at a place."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = with_value(value[path[0]], path[1:], new)
+    return copy
+
+
+def test_any_value_at_any_place_is_refused_with_a_sentence_or_shown(tmp_path):
+    run = made_up(tmp_path / "runs" / "run")
+    results = json.loads((run / "results.json").read_text())
+    refused = shown = 0
+    for path in places(results):
+        for value in VALUES:
+            try:
+                found = read_results(json.dumps(with_value(results, path, value)).encode())
+            except ValueError as error:
+                assert str(error).startswith("results.json"), (path, value)
+                assert "\n" not in str(error)
+                refused += 1
+                continue
+            if found["task"] == "image-classification":
+                assert model_card(found, "tester/run").startswith("---\n")
+                evaluation_file(found)
+                assert leaderboard([found, results])
+                if path[:1] == ("epochs",) and path[1:2] != (1,):  # one row is as good as the other
+                    draw_curves(found, tmp_path / "curves.png")
+            shown += 1
+    print(f"\n{refused} refused, {shown} shown")
+    assert refused > 300
+    assert shown > 300
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("NaN", "NaN is no finite number"),
+        ("-Infinity", "-Infinity is no finite number"),
+        ("1e999", "1e999 is no finite number"),
+        ("1" + "0" * 400, "is larger than any number of a run"),
+        ('"a\\ud800"', "surrogates not allowed"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('"\udcff"', "codec can't decode"),
+        ("", "is no JSON"),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_value_of_a_run_is_said(text, message, tmp_path):
+    run = made_up(tmp_path / "run")
+    whole = (run / "results.json").read_text()
+    spoiled = whole.replace('"seconds": 12.5', f'"seconds": {text}').encode("utf-8", errors="surrogateescape")
+    (run / "results.json").write_bytes(spoiled)
+    with pytest.raises(ValueError, match=message) as error:
+        read_results(run)
+    assert str(error.value).startswith(str(run / "results.json"))
+
+
+def test_a_bad_run_among_good_ones_is_left_out_of_the_table(tmp_path, caplog):
+    made_up(tmp_path / "runs/good")
+    made_up(tmp_path / "runs/bad", config={"learning_rate": [1]})
+    table = leaderboard(collect([str(tmp_path / "runs")]))
+    assert len(table.splitlines()) == 3
+    assert "learning_rate is [1], and must be int or float" in caplog.text
+
+
+def test_a_failed_seed_is_counted_and_does_not_change_what_is_compared(tmp_path):
+    for seed, metrics in enumerate(({"accuracy": None, "loss": 500.0}, {"accuracy": 0.9, "loss": 0.4})):
+        made_up(tmp_path / f"a{seed}", seed=seed, metrics=metrics, config={"model_name": "mlp", "learning_rate": 1.0})
+    made_up(tmp_path / "b", metrics={"accuracy": 0.95, "loss": 0.3}, config={"model_name": "mlp", "learning_rate": 0.1})
+    made_up(
+        tmp_path / "c", metrics={"accuracy": None, "loss": None}, config={"model_name": "mlp", "learning_rate": 9.0}
+    )
+    rows = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
+    assert [row.split("|")[8].strip() for row in rows] == ["0.95", "0.9 (1 of 2 runs)", "– (0 of 1 runs)"]

@@ -1,0 +1,77 @@
+"""What may be published of a text, and how a text of others is shown."""
+
+import json
+
+import pytest
+
+from agr_hf.tasks.runs import command, plain
+from agr_hf.texts import holds_secret, one_line, public
+
+PATHS = {
+    "/home/alice/runs/lr=1e-3": "lr=1e-3",
+    "/home/alice/runs/": "runs",
+    "//home/alice/x": "x",
+    "/home/alice smith/my runs/z": "z",
+    "~/x": "x",
+    "~alice/x": "x",
+    "../alice/x": "x",
+    "..": "",
+    "/": "",
+    "data/../../alice/x": "x",
+    " /home/alice/x": " x",
+    "--train_file=/home/alice/date=2024-01-01/x.parquet": "--train_file=x.parquet",
+    "resnet20:/home/alice/w.th": "resnet20:w.th",
+    "a=b=/home/alice/x": "a=b=x",
+    "file:///home/alice/x": "x",
+    '{"p": "/home/alice/x"}': '{"p": "x"}',
+    "C:\\Users\\alice\\x": "x",
+    "D:/alice/x": "x",
+    "\\\\server\\alice\\x": "x",
+}
+NO_PATHS = [
+    "uoft-cs/cifar10", "https://huggingface.co/a/b", "s3://bucket/x", "image/png", "3 s / step", "and/or", "+/-", "runs/x",
+    "layer.0/conv", "...", "x..y", "~5 minutes", "torch==2.9", "NVIDIA H100 80GB HBM3", "12:30",
+]  # fmt: skip
+TOKENS = [
+    "hf_" + "a" * 34, "x_hf_" + "a" * 34, "hf_" + "a" * 34 + "_v2", "hf_jwt_eyJhbGciOi.J9eyJz-dWIi", "hf_oauth_" + "e" * 20,
+    "api_org_" + "b" * 34,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PATHS, ids=range(len(PATHS)))
+def test_of_a_path_of_the_machine_the_last_part_is_published(text):
+    assert public(text) == PATHS[text]
+    assert plain({text: [text]}) == {PATHS[text]: [PATHS[text]]}
+
+
+@pytest.mark.parametrize("text", NO_PATHS)
+def test_what_only_looks_like_a_path_stays(text):
+    assert public(text) == text
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_tokens_are_seen_in_texts_and_files(token):
+    assert token not in public(f"x {token} y")
+    assert holds_secret(b"\x00\xff" + token.encode() + b"\n")
+
+
+def test_secrets_of_the_environment_are_seen_as_json_writes_them(monkeypatch):
+    secret = 'pa"ss\\word-é1'
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    assert public(f"x {secret}") == "x <secret>"
+    for ascii_only in (True, False):
+        assert holds_secret(json.dumps({"x": secret}, ensure_ascii=ascii_only).encode())
+    assert not holds_secret(b"model_hf_hub, agr_hf/experiments and other words")
+
+
+@pytest.mark.parametrize(
+    "name", ["--hub_token", "--hub-token", "--hub_tok", "--push_to_hub_token", "--push-to-hub-tok"]
+)
+def test_a_token_is_left_out_of_the_command_however_its_argument_is_written(name):
+    rest = ["--push_to_hub", "true", "--seed", "1"]
+    assert command("t.py", [name, "secret", *rest]) == "python training_scripts/t.py --push_to_hub true --seed 1"
+    assert command("t.py", [f"{name}=secret", *rest]) == "python training_scripts/t.py --push_to_hub true --seed 1"
+
+
+def test_a_text_of_others_is_one_line_and_moves_no_cursor():
+    assert one_line("a\x1b[2J\nb\u202ec\u2066") == "a [2J b c"
