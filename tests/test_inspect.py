@@ -27,8 +27,8 @@ def test_a_timm_architecture(tmp_path, capsys):
     assert len(layers) == 21
     assert 0 < layers["fc.weight"]["effect"] < 0.01
     assert layers["layer1.0.conv1.weight"]["zeros"] == 1  # timm's residual branches
-    assert "more layers got a gradient of exactly zero" in out
-    assert "and 18 layers with less effect" in out
+    assert "16 more got a gradient of exactly zero" in out
+    assert "and 18 more with less effect" in out
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,21 @@ def test_a_dataset_of_images_in_a_parquet_file(tmp_path, capsys):
     assert "Random batches" not in out
 
 
+def test_a_folder_of_images_and_no_other(tmp_path, capsys, monkeypatch):
+    digits = load_digits()["train"]
+    from PIL import Image as Picture
+
+    for place, count in ((tmp_path / "mine", 6), (tmp_path / "here/others", 40)):
+        for i in range(count):
+            (place / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            Picture.fromarray(((digits.pixel_values[i][0] + 1) * 127).byte().numpy()).save(place / f"{i % 2}/{i}.png")
+    digits_model().save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    _, results = inspected(tmp_path, capsys, tmp_path / "model", "--dataset", tmp_path / "mine", "--batch-size", "2")
+    assert results["batches"] == "batches of mine"
+    assert results["count"] == 3  # of the eight asked for: it has six images
+
+
 def test_what_cannot_be_inspected_gets_a_sentence(tmp_path, capsys):
     assert main(["inspect", "nobody/nothing", "--output", str(tmp_path / "out")]) == 1
     assert "'nobody/nothing' is no local folder with a model, no architecture of timm" in capsys.readouterr().err
@@ -72,9 +87,15 @@ def test_what_cannot_be_inspected_gets_a_sentence(tmp_path, capsys):
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     arguments = ["inspect", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--dataset", str(tmp_path / "table.csv")]) == 1
-    assert "has the columns a, b; needed are image and label, or text" in capsys.readouterr().err
+    assert "has the columns a, b; this model takes image and label" in capsys.readouterr().err
     assert main([*arguments, "--dataset", str(tmp_path / "none.parquet")]) == 1
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert f"agr-hf: there is no file '{tmp_path}/none.parquet'\n" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([*arguments, "--dataset", str(tmp_path / "empty")]) == 1
+    assert "empty' cannot be loaded" in capsys.readouterr().err
+    (tmp_path / "words.txt").write_text("a word\n")
+    assert main([*arguments, "--dataset", str(tmp_path / "words.txt")]) == 1
+    assert "has the columns text; this model takes image and label" in capsys.readouterr().err
     with pytest.raises(ValueError, match="ReLU has no"):
         measure(nn.ReLU(), iter([]))
 

@@ -38,7 +38,13 @@ def parse_args(argv=None):
     parser.add_argument("--resume_from_checkpoint", help="a folder, or 'latest'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    if args.agr_steps is not None and not args.optim.startswith("agr_"):
+        parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
+    return args
 
 
 def main(argv=None):

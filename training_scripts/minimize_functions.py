@@ -36,7 +36,13 @@ def parse_args(argv=None):
     parser.add_argument("--lowest_lr", type=float, default=1e-4)
     parser.add_argument("--highest_lr", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("trials", "search_steps", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    if not 0 < args.lowest_lr < args.highest_lr:
+        parser.error(f"--lowest_lr {args.lowest_lr:g} must be above 0 and below --highest_lr {args.highest_lr:g}")
+    return args
 
 
 def search(function, optimizer, args):

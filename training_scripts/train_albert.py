@@ -30,7 +30,15 @@ from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimiz
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
 from agr_hf.tasks.recipes import apply_recipe
-from agr_hf.tasks.runs import dataset_of, epochs_of, evaluation_of, gradients_of, optimizer_groups, write_results
+from agr_hf.tasks.runs import (
+    dataset_of,
+    epochs_of,
+    evaluation_of,
+    gradients_of,
+    optimizer_groups,
+    refuse_used,
+    write_results,
+)
 from agr_hf.tasks.text import EMBEDDED, hub_source, load_articles, train_tokenizer
 
 logger = logging.getLogger("train_albert")
@@ -112,6 +120,8 @@ def main(argv=None):
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    if args.process_index == 0:
+        refuse_used(args.output_dir, args.resume_from_checkpoint)
     push = take_over_push(args, run_args.push_training_state)
     # Trainer would remove what the collator needs, for the model's forward does not take it.
     args.remove_unused_columns = False

@@ -25,13 +25,21 @@ from agr_hf import create_optimizer, list_optimizers
 from agr_hf.hub.push import push_finished, require_token
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
-from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics
+from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
-from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, write_results
+from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, refuse_used, write_results
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+# Of diffusers' get_scheduler, those that need nothing but a number of steps.
+SCHEDULES = ["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument(
         "--recipe", choices=list(diffusion.RECIPES), help="values of a published or a small run; flags win over it"
     )
@@ -46,8 +54,10 @@ def parse_args(argv=None):
     parser.add_argument("--optim", choices=list_optimizers(), default="agr_adan")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--weight_decay", type=float, help="default: the optimizer's own")
-    parser.add_argument("--agr_steps", type=int, help="suspend AGR after that many steps")
-    parser.add_argument("--lr_scheduler", default="constant_with_warmup", help="a name of diffusers' get_scheduler")
+    parser.add_argument(
+        "--agr_steps", type=int, help="suspend AGR after that many steps, for the optimizers that have it"
+    )
+    parser.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant_with_warmup", help="of diffusers")
     parser.add_argument("--lr_warmup_steps", type=int, default=200)
     parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the raw gradients, before AGR; 0 for none")
     parser.add_argument("--num_epochs", type=int, default=25)
@@ -89,6 +99,8 @@ def parse_args(argv=None):
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    if args.agr_steps is not None and not args.optim.startswith("agr_"):
+        parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
     if args.num_eval_samples == 1:
         parser.error("--num_eval_samples 1 is not allowed; a distance needs at least 2 samples, and 0 leaves it out")
     return args
@@ -110,6 +122,10 @@ def main(argv=None):
         # The scheduler counts optimizer steps of the run, not of each process.
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.is_main_process:
+        refuse_used(output_dir, args.resume_from_checkpoint)
+    if args.fid:
+        inception_weights()  # nobody wants to hear after the training that they are missing
     set_seed(args.seed)
     # One process fetches, the others find it in the cache.
     with accelerator.main_process_first():

@@ -1,6 +1,6 @@
 """Train an image classifier with any of the package's optimizers, through Trainer.
 
-    python training_scripts/train_image_classifier.py --model_name vit-tiny --output_dir runs/digits
+    python training_scripts/train_image_classifier.py --model_name vit-tiny --num_train_epochs 25 --output_dir runs/digits
     python training_scripts/train_image_classifier.py --recipe agr-cifar100 --output_dir runs/cifar100
     torchrun --nproc_per_node 2 training_scripts/train_image_classifier.py --recipe adal-cifar10 --output_dir runs/adal
 
@@ -21,7 +21,15 @@ from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
 from agr_hf.tasks.images import classification_metrics, hub_source, load_images
 from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
-from agr_hf.tasks.runs import dataset_of, epochs_of, evaluation_of, gradients_of, optimizer_groups, write_results
+from agr_hf.tasks.runs import (
+    dataset_of,
+    epochs_of,
+    evaluation_of,
+    gradients_of,
+    optimizer_groups,
+    refuse_used,
+    write_results,
+)
 
 logger = logging.getLogger("train_image_classifier")
 
@@ -37,6 +45,7 @@ class DataArguments:
                               "fashion-mnist, mnist, a folder of images, or a Hub id"})  # fmt: skip
     train_file: str | None = field(default=None, metadata={"help": "parquet file in the place of the Hub"})
     test_file: str | None = field(default=None, metadata={"help": "parquet file in the place of the Hub"})
+    image_size: int | None = field(default=None, metadata={"help": "height and width; default: the data set's own"})
     augmentation: str = field(default="none", metadata={"help": "none, flip-crop or rand-augment"})
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
@@ -55,7 +64,10 @@ class RunArguments:
 def parse_args(argv=None):
     agr_hf.register()
     parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments, TrainingArguments))
-    parser.set_defaults(eval_strategy="epoch", logging_strategy="epoch", save_strategy="no", report_to="none")
+    parser.set_defaults(
+        optim="agr_adamw", learning_rate=1e-3, per_device_train_batch_size=64, eval_strategy="epoch",
+        logging_strategy="epoch", save_strategy="no", report_to="none",
+    )  # fmt: skip
     apply_recipe(parser, IMAGE_RECIPES, argv)
     return parser.parse_args_into_dataclasses(argv)
 
@@ -64,10 +76,14 @@ def main(argv=None):
     model_args, data_args, run_args, args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    if args.process_index == 0:
+        refuse_used(args.output_dir, args.resume_from_checkpoint)
     push = take_over_push(args, run_args.push_training_state)
 
     data = load_images(data_args.dataset_name, data_args.train_file, data_args.test_file, data_args.augmentation,
-                       data_args.max_train_samples, data_args.max_eval_samples)  # fmt: skip
+                       data_args.max_train_samples, data_args.max_eval_samples, data_args.image_size)  # fmt: skip
+    logger.info("%s training and %s test images of %d x %d, %d classes", f"{len(data.train):,}", f"{len(data.test):,}",
+                data.size, data.size, len(data.labels))  # fmt: skip
     model = classifier(model_args.model_name, data.size, data.channels, data.labels, data.mean, data.std)
     logger.info("%s: %s parameters", model_args.model_name, f"{parameter_count(model):,}")
 

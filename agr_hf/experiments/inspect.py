@@ -110,25 +110,31 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
 
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
     path = Path(source)
+    if path.suffix in kinds and not path.exists():
+        raise ValueError(f"there is no file {source!r}")
     try:
         if path.is_file():
             rows = datasets.load_dataset(kinds.get(path.suffix, "text"), data_files=str(path), split="train")
+        elif path.is_dir():
+            rows = datasets.load_dataset("imagefolder", data_dir=str(path), split="train")
         else:
-            rows = datasets.load_dataset("imagefolder" if path.is_dir() else source, split="train")
+            rows = datasets.load_dataset(source, split="train")
     except Exception as error:
         raise ValueError(f"the dataset {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     rows = rows.shuffle(seed=0).select(range(min(len(rows), batch_size * count)))
     image = next((column for column in ("image", "img") if column in rows.column_names), None)
     label = next((column for column in ("label", "labels", "fine_label") if column in rows.column_names), None)
+    images = not hasattr(model, "config") or getattr(model, "main_input_name", None) == "pixel_values"
+    if not (image and label if images else "text" in rows.column_names):
+        raise ValueError(
+            f"the dataset {source!r} has the columns {', '.join(rows.column_names)}; this model takes "
+            + ("image and label" if images else "text")
+        )
     for batch in rows.iter(batch_size):
-        if image is not None and label is not None:
+        if images:
             yield _image_batch(model, [_decoded(value) for value in batch[image]], torch.tensor(batch[label]))
-        elif "text" in rows.column_names:
-            yield _text_batch(model, batch["text"], name)
         else:
-            raise ValueError(
-                f"the dataset {source!r} has the columns {', '.join(rows.column_names)}; needed are image and label, or text"
-            )
+            yield _text_batch(model, batch["text"], name)
 
 
 def _decoded(value: Any) -> Any:
@@ -273,7 +279,8 @@ def verdict(layers: list[Layer]) -> str:
         )
     if silent:
         text += (
-            f" {len(silent)} more layers got a gradient of exactly zero, which AGR leaves alone; they are not counted."
+            f" {len(silent)} more got a gradient of exactly zero, which AGR leaves alone; they are not counted. New "
+            "residual networks begin so; weights that were trained (--pretrained, or a folder) say more."
         )
     return text
 
@@ -288,7 +295,7 @@ def table(layers: list[Layer], rows: int) -> str:
             f"| {100 * layer.zeros:.0f}% | {spread} |"
         )
     if len(layers) > rows:
-        lines.append(f"| and {len(layers) - rows} layers with less effect | | | | | | |")
+        lines.append(f"| and {len(layers) - rows} more with less effect | | | | | | |")
     return "\n".join(lines)
 
 

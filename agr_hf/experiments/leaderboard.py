@@ -32,6 +32,7 @@ PER_RUN = (
     "report_to",
     "parameters",
 )
+COLUMNS = ("model_name", "unet", "optim", "learning_rate")
 LOWER_IS_BETTER = ("loss", "perplexity", "fid")
 
 
@@ -79,15 +80,20 @@ def _results_of(path: Path) -> dict[str, Any] | None:
 def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table of runs by task and data, the best first: mean and standard deviation over seeds.
 
-    Runs that differ in nothing but their seed are one row. With one seed there is no deviation, and rows that lie within
-    each other's deviations are not told apart by this table.
+    Runs that differ in nothing but their seed are one row. "settings" holds what else differs between the rows of one task
+    and data set. With one seed there is no deviation, and rows that lie within each other's deviations are not told apart
+    by this table.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        config = {key: value for key, value in run["config"].items() if key not in PER_RUN}
+        config = _settings(run)
         groups.setdefault(json.dumps([run["task"], run["optimizer"], config], sort_keys=True), []).append(run)
-    lines = ["| task | data | model | optimizer | rate | runs | metric | value | seconds |",
-             "| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: |"]  # fmt: skip
+    lines = ["| task | data | model | optimizer | rate | settings | runs | metric | value | seconds |",
+             "| --- | --- | --- | --- | ---: | --- | ---: | --- | ---: | ---: |"]  # fmt: skip
+    values_of: dict[str, dict[str, set[str]]] = {}
+    for group in groups.values():
+        for key, value in _settings(group[0]).items():
+            values_of.setdefault(_place(group[0]), {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     for row in sorted(map(_row, groups.values()), key=_order):
         group, values, run = row.runs, row.values, row.runs[0]
         info = OPTIMIZERS.get(run["optimizer"])
@@ -102,10 +108,27 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
             run["task"], (run.get("dataset") or {}).get("name", "–"),
             config.get("model_name") or config.get("unet") or f"hidden {config.get('hidden_size', '–')}",
             info.title if info else run["optimizer"], "–" if rate is None else f"{rate:g}",
-            len(group), row.label, value, f"{statistics.mean(seconds):.0f}" if seconds else "–",
+            _differences(run, values_of[_place(run)]), len(group), row.label, value,
+            f"{statistics.mean(seconds):.0f}" if seconds else "–",
         ]  # fmt: skip
         lines.append("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run["config"].items() if key not in PER_RUN}
+
+
+def _place(run: Mapping[str, Any]) -> str:
+    """Rows of one place are compared with each other."""
+    return json.dumps([run["task"], (run.get("dataset") or {}).get("name")])
+
+
+def _differences(run: Mapping[str, Any], values: Mapping[str, set[str]]) -> str:
+    """Settings of a run that other rows have otherwise, without those that have a column."""
+    settings = _settings(run)
+    differing = [key for key in settings if len(values[key]) > 1 and key not in COLUMNS]
+    return ", ".join(f"{key}={settings[key]}" for key in differing) or "–"
 
 
 def _row(group: list[Mapping[str, Any]]) -> _Row:

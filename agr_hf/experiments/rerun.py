@@ -40,7 +40,7 @@ _TRAINER = """
     logging_strategy logging_steps dataloader_drop_last dataloader_num_workers disable_tqdm recipe dataset_name
     max_train_samples max_eval_samples suspend_agr_at_epoch gradient_statistics_every train_file
 """
-_CLASSIFIER = "model_name test_file augmentation lr_milestones lr_gamma"
+_CLASSIFIER = "model_name test_file image_size augmentation lr_milestones lr_gamma"
 _ALBERT = """
     model_name_or_path tokenizer_name hidden_size num_hidden_layers num_attention_heads intermediate_size embedding_size
     vocab_size dataset_config_name validation_file max_seq_length mlm_probability max_ngram

@@ -17,7 +17,7 @@ import torch
 
 from agr_hf import unpickled
 from agr_hf.files import replaced_folder, write_text
-from agr_hf.integrations.accelerate import numbered_checkpoints
+from agr_hf.integrations.accelerate import latest_state, numbered_checkpoints
 from agr_hf.integrations.checkpoints import latest_checkpoint
 
 FOLDER = "training_state"
@@ -33,10 +33,9 @@ KINDS = (".safetensors", ".json", ".model")
 
 def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of a run, Trainer's or accelerate's, or None."""
-    newest = max(numbered_checkpoints(Path(run_dir)), default=None)
-    if newest and list(newest[1].glob("random_states_*.pkl")):
-        return newest[1]  # accelerate's: save_checkpoint gives a folder its name when it is complete
-    return latest_checkpoint(run_dir)
+    folders = [folder for _, folder in numbered_checkpoints(Path(run_dir))]
+    accelerates = any(next(folder.glob("random_states_*.pkl"), None) for folder in folders)
+    return latest_state(run_dir) if accelerates else latest_checkpoint(run_dir)
 
 
 def export_checkpoint(checkpoint: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from agr_hf.integrations.checkpoints import file_fault
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -100,27 +102,54 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
 
     Args:
         accelerator: the one that holds model, optimizer, scheduler and registered objects.
-        resume: None to start afresh, "latest" for the last checkpoint of `output_dir` (if any), or a folder.
+        resume: None to start afresh, "latest" for the last complete checkpoint of `output_dir` (if any; one that is not
+            is named in a warning), or a folder.
         output_dir: where `save_checkpoint` writes.
 
     Returns:
         Whether anything was loaded.
 
     Raises:
-        ValueError: the named folder does not exist.
+        ValueError: the named folder does not exist or is not complete; the message says what is wrong with which file.
     """
     if resume is None:
         return False
     if resume == "latest":
-        numbered = sorted(numbered_checkpoints(Path(output_dir)))
-        if not numbered:
+        found = latest_state(output_dir)
+        if found is None:
             return False
-        resume = str(numbered[-1][1])
-    elif not Path(resume).is_dir():
-        raise ValueError(f"cannot resume from {resume}: there is no such folder; name another one, or 'latest'")
+        resume = str(found)
+    fault = state_fault(Path(resume))
+    if fault:
+        raise ValueError(f"cannot resume from {resume}: {fault}; name another one, or 'latest'")
     accelerator.load_state(resume)
     logger.info("resumed from %s", resume)
     return True
+
+
+def latest_state(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete `checkpoint-N` that `save_checkpoint` wrote, or None; broken ones are named in warnings."""
+    for _, folder in sorted(numbered_checkpoints(Path(output_dir)), reverse=True):
+        fault = state_fault(folder)
+        if fault is None:
+            return folder
+        logger.warning("%s is passed over: %s", folder, fault)
+    return None
+
+
+def state_fault(folder: Path) -> str | None:
+    """What keeps `accelerator.load_state` from loading a folder, as a sentence, or None. Nothing is unpickled."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    for path in sorted(folder.iterdir()):
+        fault = file_fault(path)
+        if fault:
+            return f"{path.name} {fault}"
+    if not list(folder.glob("random_states_*.pkl")):
+        return "random_states_0.pkl is missing"
+    if not [*folder.glob("*model*")]:
+        return "model.safetensors is missing"
+    return None
 
 
 def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

@@ -21,6 +21,7 @@ from transformers import (
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
 from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.hyperparameters import is_at_least_zero
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -30,21 +31,30 @@ class SuspendAGR(TrainerCallback):
     """Stop applying AGR from an epoch on, to the end of the run (AGR paper, ablation, table 7).
 
     It sets `agr=False` in every group, which optimizer checkpoints keep: a run resumed later stays suspended. The entry of
-    `log_history` at that step has `agr_suspended`, and the logger says so.
+    `log_history` at that step has `agr_suspended`, and the logger says so. It works for `attach_agr` too.
 
     Args:
         at_epoch: epochs with AGR, such as 250 of 300; a fraction suspends within an epoch.
 
     Raises:
-        ValueError: `at_epoch` is negative.
+        ValueError: `at_epoch` is no number >= 0.
     """
 
     def __init__(self, at_epoch: float) -> None:
-        if not at_epoch >= 0:
+        if not is_at_least_zero(at_epoch):
             raise ValueError(f"SuspendAGR: at_epoch={at_epoch!r} is not allowed; it must be a number >= 0")
         self.at_epoch = at_epoch
         self.suspended = False
         self._to_log = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = unwrapped(kwargs["optimizer"])
+        if not _groups_with_agr(optimizer):
+            logger.warning("SuspendAGR: %s has no AGR to suspend", type(optimizer).__name__)
+        elif state.num_train_epochs <= self.at_epoch:
+            logger.warning("SuspendAGR: the run ends before epoch %g, with AGR to its end", self.at_epoch)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,15 +64,13 @@ class SuspendAGR(TrainerCallback):
         if self.suspended or (state.epoch or 0.0) + slack < self.at_epoch:
             return
         optimizer = unwrapped(kwargs["optimizer"])
-        active = [group for group in optimizer.param_groups if "agr" in group and any(agr_flags(group))]
+        active = [group for group in _groups_with_agr(optimizer) if any(agr_flags(group))]
         for group in active:
             group["agr"] = False
         self.suspended = True
         if active:
             self._to_log = True
             logger.info("AGR is suspended from epoch %g, step %d on", self.at_epoch, state.global_step)
-        elif not any("agr" in group for group in optimizer.param_groups):
-            logger.warning("SuspendAGR: %s has no AGR to suspend", type(optimizer).__name__)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._to_log:
@@ -72,6 +80,11 @@ class SuspendAGR(TrainerCallback):
         if self._to_log and state.log_history:
             state.log_history[-1]["agr_suspended"] = True
             self._to_log = False
+
+
+def _groups_with_agr(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Groups of the package's optimizers, or of one that AGR is attached to."""
+    return [group for group in optimizer.param_groups if "agr" in group or "agr_step" in group]
 
 
 class GradientStatistics(TrainerCallback):

@@ -24,11 +24,12 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.s
 SHARDED = ("pytorch_model_fsdp_*", "optimizer_*", "global_step*")
 
 
-def resolve_checkpoint(resume: str | None, output_dir: str | os.PathLike[str] | None) -> str | None:
+def resolve_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike[str] | None) -> str | None:
     """What `--resume_from_checkpoint` means: "latest" is the last complete checkpoint of `output_dir`, or none yet.
 
     Args:
-        resume: None, "latest", or the path of a checkpoint folder.
+        resume: None, "latest", or the path of a checkpoint folder; True and False, as `Trainer.train` takes them, are
+            "latest" and None.
         output_dir: where Trainer saves; None holds no checkpoint.
 
     Returns:
@@ -37,9 +38,9 @@ def resolve_checkpoint(resume: str | None, output_dir: str | os.PathLike[str] | 
     Raises:
         ValueError: the named folder is no complete checkpoint; the message says what is wrong with which file.
     """
-    if resume is None:
+    if resume is None or resume is False:
         return None
-    if resume == "latest":
+    if resume == "latest" or resume is True:
         found = None if output_dir is None else latest_checkpoint(output_dir)
         return None if found is None else str(found)
     fault = checkpoint_fault(resume)
@@ -133,7 +134,7 @@ def file_fault(path: Path) -> str | None:
             json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             return "is cut short or no JSON"
-    if path.suffix in (".pt", ".pth", ".bin"):
+    if path.suffix in (".pt", ".pth", ".bin", ".pkl"):
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()

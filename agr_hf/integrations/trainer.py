@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -84,17 +85,18 @@ def trainer_optimizer(
     return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
 
 
-def train(trainer: Trainer, resume_from_checkpoint: str | None = None) -> TrainOutput:
+def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
     """`trainer.train(resume_from_checkpoint=...)` that resumes from what is complete, and completely.
 
-    Two things go wrong without it. Trainer's own "latest" takes a checkpoint that a kill left half-written. And for models
+    Three things go wrong without it. Trainer's own "latest" takes a checkpoint that a kill left half-written. For models
     whose files name weights otherwise than the model does (ViT and many others in transformers 5), Trainer loads what it
-    finds by name, warns of missing keys and trains on from fresh weights (transformers #43701).
+    finds by name, warns of missing keys and trains on from fresh weights (transformers #43701). And a run with `max_steps`
+    that is finished takes one step more.
 
     Args:
         trainer: ready to train.
         resume_from_checkpoint: None, a checkpoint folder, or "latest" for the last complete one of the output folder (a
-            fresh start where there is none).
+            fresh start where there is none); True is "latest".
 
     Raises:
         ValueError: the named checkpoint is not complete; the message says what is wrong with which file.
@@ -102,12 +104,20 @@ def train(trainer: Trainer, resume_from_checkpoint: str | None = None) -> TrainO
     checkpoint = resolve_checkpoint(resume_from_checkpoint, trainer.args.output_dir)
     if checkpoint is None:
         return trainer.train()
-    callback = _load_weights_callback(checkpoint)
+    callback, args = _load_weights_callback(checkpoint), trainer.args
+    steps, epochs = args.max_steps, args.num_train_epochs
+    if 0 < steps <= _steps_of(checkpoint):
+        args.max_steps, args.num_train_epochs = -1, 0  # it looks for the end only behind a step, but not in no epoch
     trainer.add_callback(callback)
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.remove_callback(callback)
+        args.max_steps, args.num_train_epochs = steps, epochs
+
+
+def _steps_of(checkpoint: str) -> int:
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def _load_weights_callback(checkpoint: str) -> TrainerCallback:
@@ -143,7 +153,11 @@ def load_renamed_weights(model: torch.nn.Module, checkpoint: str) -> bool:
         )
     loaded = type(model).from_pretrained(checkpoint, config=model.config)
     model.load_state_dict(loaded.state_dict())
-    logger.info("loaded the weights of %s under the names that %s gives them", checkpoint, type(model).__name__)
+    logger.warning(
+        "the weights of %s were loaded under the names that %s gives them: keys that Trainer misses above are there",
+        checkpoint,
+        type(model).__name__,
+    )
     return True
 
 

@@ -239,6 +239,8 @@ class AGRHandle:
         self.min_ndim = min_ndim
         self.steps = steps
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+        for group in optimizer.param_groups:
+            group.setdefault("agr_step", 0)
         _ATTACHED[optimizer] = self
 
     def remove(self) -> None:
@@ -271,7 +273,7 @@ class AGRHandle:
         """Parameters that Psi applies to in this step. The count lives in the group, so that checkpoints keep it."""
         active: list[Tensor] = []
         for group in optimizer.param_groups:
-            done = group.get("agr_step", 0)
+            done = group.setdefault("agr_step", 0)  # a group may have been added since
             if self.steps is None or done < self.steps:
                 active += [param for param, flag in zip(group["params"], agr_flags(group), strict=True) if flag]
             group["agr_step"] = done + 1

@@ -38,11 +38,16 @@ def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
         decaying tensors, tensors that do not decay. Each parameter is in exactly one, in the model's order.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: the model has no floating-point parameters, or `weight_decay` is negative.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"agr_param_groups takes a model, whose layers say where AGR applies, but {type(model).__name__} was given"
+        )
     if not is_at_least_zero(weight_decay):
         raise ValueError(f"weight_decay={weight_decay!r} is not allowed; it must be a number >= 0")
-    regularized, undecayed = _by_layer_type(model)
+    regularized, undecayed = by_layer_type(model)
     params = [param for param in model.parameters() if param.is_floating_point()]
     if not params:
         raise ValueError(f"{type(model).__name__} has no floating-point parameters to optimize")
@@ -64,13 +69,13 @@ def set_agr_flags(groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
     Each group's `agr` becomes True or False where all of its parameters agree, else a list with one for each. Groups
     keep their number, order and parameters, so states saved for the same groups still fit.
     """
-    regularized, _ = _by_layer_type(model)
+    regularized, _ = by_layer_type(model)
     for group in groups:
         flags = [param in regularized for param in group["params"]]
         group["agr"] = flags[0] if len(set(flags)) == 1 else flags
 
 
-def _by_layer_type(model: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
+def by_layer_type(model: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
     """Parameters that AGR applies to, and parameters that do not decay."""
     regularized: set[Tensor] = set()
     embeddings: set[Tensor] = set()

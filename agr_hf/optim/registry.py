@@ -103,10 +103,14 @@ def create_optimizer(
         >>> optimizer = create_optimizer("agr_adamw", model, lr=1e-3, weight_decay=0.05)
     """
     info = optimizer_info(name)
+    accepted = inspect.signature(info.cls).parameters
+    unknown = [key for key in kwargs if key not in accepted]
+    if unknown:
+        options = ", ".join(key for key in accepted if key != "params")
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {options}")
     arguments = {**info.defaults, **kwargs}
     params: Any = model_or_params
     if isinstance(model_or_params, nn.Module):
-        accepted = inspect.signature(info.cls).parameters
         arguments.setdefault("weight_decay", accepted["weight_decay"].default)
         params = agr_param_groups(model_or_params, weight_decay=arguments["weight_decay"])
         for group in params:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agr_hf.optim.backends.cpu import BLOCK
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.norms import local, reduced
+from agr_hf.optim.param_groups import by_layer_type
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,21 @@ class GradientSummary:
 
 
 def agr_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    """Names and gradients of the parameters that AGR would apply to: marked in the groups, and of enough dimensions.
+    """Names and gradients of the parameters that AGR applies to: marked in the groups, and of enough dimensions.
 
-    Groups that do not know AGR count as if they had its defaults: this is how a run of AdamW shows what AGR would do.
+    In groups that do not know AGR, those of the layers to which `agr_param_groups` would apply it: this is how a run of
+    AdamW shows what AGR would do.
     """
-    wanted = {
-        id(param)
-        for group in optimizer.param_groups
-        for param, flag in zip(group["params"], agr_flags(group), strict=True)
-        if flag and param.ndim >= group.get("min_ndim", 2)
-    }
+    regularized, _ = by_layer_type(model)
+    wanted = set()
+    for group in optimizer.param_groups:
+        knows = "agr" in group or "agr_step" in group  # the latter alone where it is attached
+        flags = agr_flags(group) if knows else [param in regularized for param in group["params"]]
+        wanted |= {
+            id(param)
+            for param, flag in zip(group["params"], flags, strict=True)
+            if flag and param.ndim >= group.get("min_ndim", 2)
+        }
     return [(n, p.grad) for n, p in model.named_parameters() if id(p) in wanted and p.grad is not None]
 
 

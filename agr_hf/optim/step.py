@@ -290,11 +290,18 @@ class StepOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"this state was saved by another optimizer: {name} has {self.betas_count} betas; start {name} afresh"
             )
+        sizes = [[len(group["params"]) for group in groups] for groups in (given["param_groups"], self.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"this state was saved of groups of {sizes[0]} parameters, and {name} has groups of {sizes[1]}: a state "
+                "fits the groups that it was saved of; make the optimizer with those, and tell it afterwards where AGR "
+                "applies (agr_hf.optim.param_groups.set_agr_flags(optimizer.param_groups, model))"
+            )
         ids = [i for group in given["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         needed = ("step", *self.state_keys, *self.required_state)
         known = {*needed, *self.scalar_state, *HARMLESS_STATE}
-        for i, param in zip(ids, params, strict=False):  # torch refuses other lengths, in its own words
+        for i, param in zip(ids, params, strict=True):
             state = given["state"].get(i)
             if not state:
                 continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -204,6 +205,29 @@ def frechet_metrics(
     return {f"frechet_distance_{network.name}": distance, "samples": sampled.count, "references": reference.count}
 
 
+def inception_weights() -> None:
+    """See to it that torch-fidelity and Inception's weights are here, downloading these where they are not.
+
+    Raises:
+        ImportError: torch-fidelity is missing.
+        ValueError: the weights cannot be had; the message says where to put them.
+    """
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise ImportError(
+            "FID and IS need torch-fidelity: pip install torch-fidelity; or take a Frechet distance on a network at hand "
+            "(--features)"
+        )
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        # Before torch-fidelity does it: checked against the hash in the name, and without pickle.
+        torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"FID and IS need Inception's weights, which cannot be had ({error}); download {INCEPTION_URL} where there is a "
+            f"network and put it into {folder}, or take a Frechet distance on a network at hand (--features)"
+        ) from error
+
+
 def inception_metrics(
     samples: Tensor,
     references: Tensor,
@@ -225,25 +249,10 @@ def inception_metrics(
         `fid`, `inception_score` and `inception_score_std` (over 10 splits).
 
     Raises:
-        ImportError: torch-fidelity is missing.
-        ValueError: Inception's weights cannot be had; the message says where to put them.
+        ImportError, ValueError: see `inception_weights`.
     """
-    try:
-        import torch_fidelity
-    except ImportError as error:
-        raise ImportError(
-            "FID and IS need torch-fidelity: pip install torch-fidelity; or take a Frechet distance on a network at hand "
-            "(--features)"
-        ) from error
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    try:
-        # Before torch-fidelity does it: checked against the hash in the name, and without pickle.
-        torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"FID and IS need Inception's weights, which cannot be had ({error}); download {INCEPTION_URL} where there is a "
-            f"network and put it into {folder}, or take a Frechet distance on a network at hand (--features)"
-        ) from error
+    inception_weights()
+    import torch_fidelity
 
     def colour(images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)

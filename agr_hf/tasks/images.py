@@ -109,6 +109,7 @@ def load_images(
     augmentation: str = "none",
     max_train: int | None = None,
     max_test: int | None = None,
+    size: int | None = None,
 ) -> ImageData:
     """Load a data set by name, from files, or from a folder.
 
@@ -119,6 +120,8 @@ def load_images(
         augmentation: of the training images: "none", "flip-crop" (random horizontal flip, crop from 4 pixels of padding,
             the standard for CIFAR), or "rand-augment" (flip-crop, then RandAugment).
         max_train, max_test: at most so many images, the first ones.
+        size: height and width; other images are resized. Default: that of the named set; of others, that of the first
+            image where it is square and of at most 224 pixels, else 224.
 
     Returns:
         The data. Images that cannot be decoded are left out, and named in a warning.
@@ -130,7 +133,17 @@ def load_images(
         raise ValueError(f"augmentation={augmentation!r} is not allowed; it must be one of {', '.join(AUGMENTATIONS)}")
     if (train_file is None) != (test_file is None):
         raise ValueError("train_file and test_file go together: one of them was given")
+    for key, value in (("max_train", max_train), ("max_test", max_test), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} is not allowed; it must be at least 1, or not given")
+    for file in (train_file, test_file):
+        if file is not None and not Path(file).is_file():
+            raise ValueError(
+                f"there is no file {file!r}; train_file and test_file are parquet files with image and label"
+            )
     if name == "digits" and train_file is None:
+        if size not in (None, 8):
+            raise ValueError(f"size={size} is not allowed; the digits are 8 x 8")
         return _digits(augmentation, max_train, max_test)
     source = SOURCES.get(name)
     train_rows, test_rows = _rows(name, source, train_file, test_file)
@@ -138,7 +151,7 @@ def load_images(
         train_rows = train_rows.select(range(min(max_train, len(train_rows))))
     if max_test is not None:
         test_rows = test_rows.select(range(min(max_test, len(test_rows))))
-    size = source.size if source else 224
+    size = size or (source.size if source else _own_size(train_rows))
     channels = source.channels if source else 3
     train = _decoded(train_rows, source, size, channels, "train")
     test = _decoded(test_rows, source, size, channels, "test")
@@ -154,6 +167,25 @@ def load_images(
     mean = source.mean if source else (0.485, 0.456, 0.406)
     std = source.std if source else (0.229, 0.224, 0.225)
     return _image_data(train, test, size, channels, names, mean, std, augmentation)
+
+
+def _own_size(rows: Any) -> int:
+    """The size of the first image, where it can be that of a network."""
+    import datasets
+    from PIL import Image
+
+    column = next((name for name in ("image", "img") if name in rows.column_names), None)
+    if column is None or not len(rows):
+        return 224
+    if isinstance(rows.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    value = rows[0][column]
+    try:
+        with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as picture:
+            width, height = picture.size
+    except (OSError, TypeError, KeyError):
+        return 224  # it will be named among those that cannot be read
+    return width if width == height <= 224 else 224
 
 
 def _digits(augmentation: str, max_train: int | None, max_test: int | None) -> ImageData:
@@ -217,7 +249,9 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
         else:
             loaded = datasets.load_dataset(name)
     except Exception as error:
-        where = f"the Hub ({source.hub_id})" if source else "a folder or the Hub"
+        where = (
+            f"the Hub ({source.hub_id})" if source else "the Hub, and is no folder and none of " + ", ".join(SOURCES)
+        )
         raise ValueError(
             f"the data set {name!r} cannot be had from {where}: {str(error).splitlines()[0]}. Without a network, pass "
             "train_file and test_file (parquet files with image and label), a folder with train and test in it, or "

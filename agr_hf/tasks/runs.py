@@ -88,6 +88,15 @@ def write_results(
     return results
 
 
+def refuse_used(output_dir: str | os.PathLike[str], resume: str | None) -> None:
+    """Raise ValueError where a new run would overwrite another one, or leave its checkpoints among its own."""
+    folder = Path(output_dir)
+    if resume is None and ((folder / "results.json").exists() or next(folder.glob("checkpoint-*"), None)):
+        raise ValueError(
+            f"{folder} holds a run already; go on with it (--resume_from_checkpoint latest), or pass another --output_dir"
+        )
+
+
 def plain(value: Any) -> Any:
     """JSON of a value: numbers that are not finite become None, the machine's paths their last part, the rest text."""
     if isinstance(value, Mapping):
@@ -138,10 +147,13 @@ def dataset_of(
     Args:
         name: as the script was given it: of a data set that comes with a package, a local folder or file, or a Hub id.
         examples: number of training examples.
-        files: given in the place of the data set; None entries are left out.
+        files: given in the place of the data set; None entries are left out. The default set's name is not theirs: where
+            no other was given, they are called as the first of them.
         pinned: Hub id and revision that the name stands for.
     """
     given = [Path(file).name for file in files if file is not None]
+    if given and name in EMBEDDED:
+        name = Path(given[0]).stem
     if given or Path(name).exists():
         return {"name": Path(name).name, "files": given, "examples": examples}
     hub_id, revision = pinned or (None if name in EMBEDDED else name, None)

@@ -238,10 +238,10 @@ def test_a_table_over_local_and_published_runs(trained, hub, tmp_path):
     table = leaderboard(collect([str(tmp_path / "runs"), "lab/run", str(trained["albert"])], api=hub.api()))
     lines = table.splitlines()
     assert lines[2].startswith("| albert | pydoc-topics | hidden 32 | AdaL |")
-    assert lines[3] == "| image-classification | cifar10 | mlp | AdamW | 0.001 | 1 | Top-1 accuracy | 0.95 | 12 |"
+    assert lines[3] == "| image-classification | cifar10 | mlp | AdamW | 0.001 | – | 1 | Top-1 accuracy | 0.95 | 12 |"
     assert (
         lines[4]
-        == "| image-classification | cifar10 | mlp | AdamW(AGR) | 0.001 | 2 | Top-1 accuracy | 0.85 ± 0.071 | 12 |"
+        == "| image-classification | cifar10 | mlp | AdamW(AGR) | 0.001 | – | 2 | Top-1 accuracy | 0.85 ± 0.071 | 12 |"
     )
     with pytest.raises(ValueError, match=r"there is no results.json in .* or below it"):
         (tmp_path / "empty").mkdir()
@@ -298,7 +298,7 @@ def test_arguments_behind_the_dashes_reach_the_script(hub, logged_in, tmp_path, 
     line = ["reproduce", "lab/digits", "--output-dir", str(tmp_path / "again"), "--", "--num_train_epochs", "20"]
     assert main(line) == 1
     assert given[-2:] == ["--num_train_epochs", "20"]
-    assert capsys.readouterr().err == "agr-hf: enough\n"
+    assert capsys.readouterr().err.endswith("agr-hf: enough\n")
     for words, message in (
         (["reproduce", "lab/digits", "--output-dir", "x", "--max_steps", "3"], "come behind --"),
         (["push", "run", "--repo-id", "x", "--", "--seed", "1"], "unrecognized arguments: --seed 1"),

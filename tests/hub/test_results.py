@@ -94,4 +94,13 @@ def test_a_failed_seed_is_counted_and_does_not_change_what_is_compared(tmp_path)
         tmp_path / "c", metrics={"accuracy": None, "loss": None}, config={"model_name": "mlp", "learning_rate": 9.0}
     )
     rows = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
-    assert [row.split("|")[8].strip() for row in rows] == ["0.95", "0.9 (1 of 2 runs)", "– (0 of 1 runs)"]
+    assert [row.split("|")[9].strip() for row in rows] == ["0.95", "0.9 (1 of 2 runs)", "– (0 of 1 runs)"]
+
+
+def test_rows_say_what_differs_between_them(tmp_path):
+    for steps in (4, 8):
+        config = {"model_name": "mlp", "learning_rate": 1.0, "max_steps": steps, "weight_decay": 0.1}
+        made_up(tmp_path / str(steps), config=config)
+    made_up(tmp_path / "other", dataset={"name": "mnist"}, config={"model_name": "mlp", "weight_decay": 0.2})
+    rows = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
+    assert sorted(row.split("|")[6].strip() for row in rows) == ["max_steps=4", "max_steps=8", "–"]

@@ -57,6 +57,25 @@ def test_latest_is_the_last_finished_one(tmp_path):
     assert not (tmp_path / ".unfinished-99").exists()
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "no_random_states"])
+def test_a_broken_checkpoint_is_passed_over_for_the_last_good_one(damage, tmp_path, caplog):
+    options = ["--save_steps", 4]
+    whole = loop(tmp_path, *options)
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    if damage == "empty":
+        last = tmp_path / "checkpoint-99"
+        last.mkdir()
+    elif damage == "cut":
+        (last / "optimizer.bin").write_bytes((last / "optimizer.bin").read_bytes()[:-100])
+    else:
+        (last / "random_states_0.pkl").unlink()
+    with pytest.raises(ValueError, match=f"cannot resume from {last}: "):
+        loop(tmp_path, *options, "--resume_from_checkpoint", last)
+    resumed = loop(tmp_path, *options, "--resume_from_checkpoint", "latest")
+    assert f"{last} is passed over: " in caplog.text
+    assert_same_bits(whole, resumed)
+
+
 def test_a_failing_save_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
     from accelerate import Accelerator
 

@@ -5,14 +5,14 @@ import logging
 
 import pytest
 import torch
-from small import arguments, small_data, small_model, trainer_of
+from small import arguments, same_bits, small_data, small_model, trainer_of
 from transformers import TrainerCallback
 
 import agr_hf
-from agr_hf import AdaL, AGRAdamW, agr_param_groups, attach_agr
+from agr_hf import AdaL, AGRAdamW, agr_param_groups, attach_agr, create_optimizer
 from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
 from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.statistics import gradient_statistics
+from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,6 +69,43 @@ def test_suspension_reaches_attached_psi(tmp_path):
         model, arguments(tmp_path, max_steps=3), optimizers=(optimizer, None), callbacks=[SuspendAGR(at_epoch=0)]
     ).train()
     assert not any(group["agr"] for group in optimizer.param_groups)
+
+
+def test_suspension_reaches_psi_attached_to_groups_that_do_not_know_agr(tmp_path):
+    def trained(attached, callbacks):
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if attached:
+            attach_agr(optimizer)
+        trainer_of(model, arguments(tmp_path, max_steps=3), optimizers=(optimizer, None), callbacks=callbacks).train()
+        return model
+
+    assert same_bits(trained(True, [SuspendAGR(at_epoch=0)]), trained(False, []))
+    assert not same_bits(trained(True, []), trained(False, []))
+
+
+def test_a_suspension_that_never_comes_is_said(tmp_path, caplog):
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=2)
+    trainer_of(small_model(), args, callbacks=[SuspendAGR(at_epoch=250)]).train()
+    assert "the run ends before epoch 250, with AGR to its end" in caplog.text
+
+
+def test_without_agr_the_same_layers_are_measured(tmp_path):
+    """A card says what AGR would have done: to the layers that `agr_param_groups` would give it."""
+    model = small_model()
+    measured = []
+    for optimizer in (
+        torch.optim.AdamW(model.parameters()), AGRAdamW(agr_param_groups(model)), create_optimizer("adal", model),
+    ):  # fmt: skip
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        measured.append([name for name, _ in agr_gradients(model, optimizer)])
+    assert measured[0] == measured[1] == measured[2]
+    assert any("position" in n or "cls_token" in n for n, p in model.named_parameters() if p.ndim > 1)
+    assert not any("position" in n or "cls_token" in n for n in measured[0])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_agr(sgd)  # takes every matrix
+    assert len(agr_gradients(model, sgd)) == sum(param.ndim > 1 for param in model.parameters())
 
 
 def test_a_negative_epoch_is_refused():

@@ -10,7 +10,7 @@ import torch
 from small import arguments, same_bits, small_model, trainer_of
 
 import agr_hf
-from agr_hf import AGRAdamW, create_optimizer, list_optimizers
+from agr_hf import AGRAdamW, agr_param_groups, create_optimizer, list_optimizers
 from agr_hf.integrations.callbacks import SaveOptimizerState, SuspendAGR
 from agr_hf.integrations.checkpoints import (
     checkpoint_fault,
@@ -20,6 +20,7 @@ from agr_hf.integrations.checkpoints import (
     save_optimizer,
 )
 from agr_hf.integrations.trainer import load_renamed_weights, train
+from agr_hf.optim.param_groups import set_agr_flags
 
 OURS = list_optimizers()[:7]
 
@@ -222,6 +223,39 @@ def test_broken_or_mixed_optimizer_files_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"optimizer.safetensors is cut short"):
         load_optimizer(optimizer, tmp_path)
     assert not optimizer.state
+
+
+def test_a_finished_run_takes_no_step_more(tmp_path):
+    """Trainer looks for the end behind a step only."""
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=3, save_strategy="steps", save_steps=3)
+    model = small_model()
+    train(trainer_of(model, args))
+    again = small_model()
+    trainer = trainer_of(again, args)
+    output = train(trainer, resume_from_checkpoint=True)  # as Trainer.train takes it
+    assert output.global_step == trainer.state.global_step == 3
+    assert args.max_steps == 3
+    assert same_bits(model, again)
+    fresh = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", max_steps=1))
+    assert train(fresh, resume_from_checkpoint=False).global_step == 1
+
+
+def test_a_state_of_other_groups_is_refused_with_a_way_out():
+    model = small_model()
+    stock = torch.optim.AdamW(model.parameters())
+    grouped = AGRAdamW(agr_param_groups(model))
+    with pytest.raises(
+        ValueError, match=r"a state fits the groups that it was saved of; make the optimizer with those"
+    ):
+        grouped.load_state_dict(stock.state_dict())
+    same = AGRAdamW(model.parameters())
+    same.load_state_dict(stock.state_dict())
+    set_agr_flags(same.param_groups, model)
+    named = dict(model.named_parameters())
+    ((group,),) = (same.param_groups,)
+    with_agr = {id(param) for param, flag in zip(group["params"], group["agr"], strict=True) if flag}
+    assert with_agr == {id(param) for param in grouped.param_groups[0]["params"]}
+    assert 0 < len(with_agr) < len(named)
 
 
 def test_state_that_needs_pickle_is_refused_by_name(tmp_path):

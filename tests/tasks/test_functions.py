@@ -64,6 +64,19 @@ def test_the_script_searches_draws_and_tables_every_optimizer(tmp_path, capsys):
     assert "| rastrigin | adal |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trials", "0"], "--trials 0 is not allowed; it must be at least 1"),
+        (["--lowest_lr", "1", "--highest_lr", "0.1"], "--lowest_lr 1 must be above 0 and below --highest_lr 0.1"),
+    ],
+)
+def test_bad_flags_get_sentences(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT))["main"](["--output_dir", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+
+
 def test_the_search_finds_a_better_rate_with_more_trials(tmp_path):
     main = runpy.run_path(str(SCRIPT))["main"]
     distances = []

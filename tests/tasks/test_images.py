@@ -45,6 +45,16 @@ def test_images_of_another_size_or_mode_are_converted(tmp_path):
     assert data.train[0]["pixel_values"].shape == (1, 28, 28)
 
 
+@pytest.mark.parametrize(("shape", "size"), [((32, 32), 32), ((64, 64), 64), ((50, 60), 224), ((512, 512), 224)])
+def test_own_images_keep_their_size_where_a_network_can_take_it(shape, size, tmp_path):
+    content = io.BytesIO()
+    Picture.new("RGB", shape, (9, 9, 9)).save(content, "PNG")
+    paths = files(tmp_path, [({"bytes": content.getvalue(), "path": None}, 0)])
+    assert load_images("digits", *paths).size == size
+    assert load_images("digits", *paths, size=16).train[0]["pixel_values"].shape == (3, 16, 16)
+    assert load_images("cifar10", *paths).size == 32
+
+
 def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
     good = png((9, 9, 9))
     cut = {"bytes": good["bytes"][:60], "path": None}
@@ -79,6 +89,12 @@ def test_without_a_network_the_message_says_what_to_pass(name, monkeypatch):
 def test_other_mistakes_get_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="augmentation='mixup' is not allowed; it must be one of none, flip-crop"):
         load_images("digits", augmentation="mixup")
+    with pytest.raises(ValueError, match=r"there is no file 'a.parquet'; train_file and test_file are parquet files"):
+        load_images("cifar10", "a.parquet", "b.parquet")
+    with pytest.raises(ValueError, match="max_train=0 is not allowed; it must be at least 1"):
+        load_images("digits", max_train=0)
+    with pytest.raises(ValueError, match="size=32 is not allowed; the digits are 8 x 8"):
+        load_images("digits", size=32)
     with pytest.raises(ValueError, match="go together"):
         load_images("cifar10", train_file="a.parquet")
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "t.parquet")

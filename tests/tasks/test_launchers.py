@@ -22,7 +22,7 @@ LAUNCHERS = {
 RUNS = {
     "train_image_classifier.py": [
         "--model_name", "mlp", "--max_train_samples", "320", "--max_eval_samples", "99", "--num_train_epochs", "1",
-        "--use_cpu", "true", "--optim", "adal",
+        "--use_cpu", "true", "--optim", "adal", "--per_device_train_batch_size", "8",
     ],
     "train_albert.py": [
         "--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "64",

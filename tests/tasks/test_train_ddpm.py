@@ -102,8 +102,8 @@ def test_a_resumed_run_has_the_bits_of_one_never_stopped(tmp_path):
     assert_same_bits(expected, weights(tmp_path))
     assert [epoch["loss"] for epoch in resumed["epochs"]] == [epoch["loss"] for epoch in whole["epochs"]]
     # The test sees a difference where there is one.
-    train(tmp_path, *options, "--seed", 1)
-    assert not torch.equal(weights(tmp_path)["conv_in.weight"], expected["conv_in.weight"])
+    train(tmp_path / "other", *options, "--seed", 1)
+    assert not torch.equal(weights(tmp_path / "other")["conv_in.weight"], expected["conv_in.weight"])
 
 
 @pytest.mark.parametrize("name", list_optimizers())
@@ -144,6 +144,14 @@ def test_bad_flags_get_sentences(tmp_path, capsys):
         train(tmp_path, "--max_train_images", 10)
     with pytest.raises(ValueError, match="there is no feature network 'vgg'"):
         train(tmp_path, "--features", "vgg")
-    with pytest.raises(SystemExit):
-        parse("--num_epochs", "0")
-    assert "--num_epochs 0 is not allowed; it must be at least 1" in capsys.readouterr().err
+    for flags, message in (
+        (["--num_epochs", "0"], "--num_epochs 0 is not allowed; it must be at least 1"),
+        (["--agr_steps", "4", "--optim", "adal"], "--agr_steps is for the optimizers with AGR, and --optim is adal"),
+        (["--lr_scheduler", "foo"], "choose from"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(*flags)
+        assert message in capsys.readouterr().err
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run already; go on with it"):
+        train(tmp_path)
