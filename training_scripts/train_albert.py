@@ -37,6 +37,7 @@ from agr_hf.tasks.runs import (
     gradients_of,
     optimizer_groups,
     refuse_used,
+    run_main,
     write_results,
 )
 from agr_hf.tasks.text import EMBEDDED, hub_source, load_articles, train_tokenizer
@@ -220,4 +221,4 @@ def model_of(model_args, tokenizer, length):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,7 +27,7 @@ from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_chec
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
-from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, refuse_used, write_results
+from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, refuse_used, run_main, write_results
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -277,4 +277,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,6 +28,7 @@ from agr_hf.tasks.runs import (
     gradients_of,
     optimizer_groups,
     refuse_used,
+    run_main,
     write_results,
 )
 
@@ -147,4 +148,4 @@ def optimizer_of(model, args, run_args, examples):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

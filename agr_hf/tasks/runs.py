@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,27 @@ def write_results(
     results = plain(results)
     write_text(Path(output_dir) / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a script's `main`: what the package or the script itself refuses is said in a sentence, without a traceback.
+
+    Errors that come from elsewhere keep theirs.
+
+    Raises:
+        SystemExit: something was refused.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        frame = error.__traceback__
+        while frame and frame.tb_next:
+            frame = frame.tb_next
+        place = Path(frame.tb_frame.f_code.co_filename) if frame else Path()
+        script = Path(main.__code__.co_filename)
+        if place.resolve() == script.resolve() or place.resolve().is_relative_to(Path(__file__).resolve().parents[1]):
+            raise SystemExit(f"{script.name}: {error}") from None
+        raise
 
 
 def refuse_used(output_dir: str | os.PathLike[str], resume: str | None) -> None:

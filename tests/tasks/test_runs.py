@@ -1,8 +1,12 @@
-"""What a run writes down: whose data it was trained on, and into which folder."""
+"""What a run writes down, into which folder, and how it ends where it cannot run."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from agr_hf.tasks.runs import dataset_of, refuse_used
+from agr_hf.tasks.runs import dataset_of, refuse_used, run_main
 
 
 def test_own_files_are_not_called_as_the_default_set():
@@ -22,3 +26,34 @@ def test_a_new_run_does_not_begin_in_the_folder_of_another(left, tmp_path):
     with pytest.raises(ValueError, match="holds a run already; go on with it"):
         refuse_used(tmp_path, None)
     refuse_used(tmp_path, "latest")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "sentence"),
+    [
+        (
+            "train_image_classifier.py",
+            "--train_file no.parquet --test_file no.parquet --use_cpu true",
+            "there is no file",
+        ),
+        ("train_albert.py", "--train_file no.txt --use_cpu true", "there is no file 'no.txt'"),
+        ("train_ddpm.py", "--features vgg --cpu", "there is no feature network 'vgg'"),
+    ],
+)
+def test_a_script_ends_with_a_sentence_and_no_traceback(script, options, sentence, tmp_path):
+    path = Path(__file__).parents[2] / "training_scripts" / script
+    command = [sys.executable, path, "--output_dir", tmp_path, *options.split()]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith(f"{script}: {sentence}")
+
+
+def test_an_error_from_elsewhere_keeps_its_traceback():
+    def main():
+        int("x", base=1)
+
+    with pytest.raises(TypeError):
+        run_main(lambda: Path("/").joinpath(1))
+    with pytest.raises(SystemExit, match=r"test_runs.py: int\(\) base must be"):
+        run_main(main)
