@@ -1,6 +1,7 @@
 """Cards: everything from results.json, valid YAML and inert text whatever the names contain."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -24,6 +25,8 @@ HOSTILE = [
     "!!python/object/apply:os.system ['x']",
     "' \" \\ % @ &a *a",
 ]
+
+EXAMPLES = Path(__file__).parents[2] / "model_cards"
 
 
 @pytest.fixture
@@ -151,3 +154,15 @@ def test_cards_of_real_runs_hold_their_numbers(task, trained):
     assert results["gradients"]["measurements"] >= 1
     assert results["gradients"]["layers"]
     assert ("AGR took" if results["optimizer"].startswith("agr") else "AGR would have taken") in card
+
+
+@pytest.mark.parametrize("folder", sorted(EXAMPLES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_the_cards_in_the_repository_are_made_of_their_results(folder):
+    card = (folder.parent / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(
+        read_results(folder),
+        re.search(r"agr-hf reproduce (\S+)`", card)[1],
+        curves="(curves.png)" in card,
+        samples=next(iter(re.findall(r"\]\((samples/[^)]+)\)", card)), None),
+        resumable="agr-hf resume" in card,
+    )
