@@ -143,14 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what was asked, 1 with a sentence on stderr if it could not."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # argparse itself would look for what is behind -- among the positional arguments before the options.
-    end = argv.index("--") if "--" in argv else len(argv)
+    again = argv[:1] in (["resume"], ["reproduce"])
+    end = argv.index("--") if again and "--" in argv else len(argv)
     arguments, rest = parser().parse_known_args(argv[:end])
     arguments.extra = argv[end + 1 :]
-    if rest or (arguments.extra and arguments.command not in ("resume", "reproduce")):
-        hint = (
-            "; arguments for the training script come behind --" if arguments.command in ("resume", "reproduce") else ""
-        )
-        parser().error(f"unrecognized arguments: {' '.join(rest or arguments.extra)}{hint}")
+    if rest:
+        hint = "; arguments for the training script come behind --" if again else ""
+        parser().error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:

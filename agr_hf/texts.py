@@ -9,18 +9,20 @@ from typing import Any
 
 # Access tokens of the Hub: a user's, those of logins in a browser or in CI, an organisation's old ones.
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|hf_(?:jwt|oauth|app)_[A-Za-z0-9._\-]{16,}|api_org_[A-Za-z0-9]{16,}")
-# Names of environment variables that hold one.
-SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
+# Names of environment variables that hold one; TOKENIZERS_PARALLELISM does not.
+SECRETS = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
+# What a path may stand behind; another character is a part of its name.
+BEFORE = r"\s'\"`=:,;(\[{<>|&"
 # Where a path begins that leads out of the working folder, anywhere in a text; of a URL (`https://`) nothing matches.
 LOCAL_PATH = re.compile(
-    r"""(?<![\w.~/\\\-])(?:
-        file:/+
-      | [A-Za-z]:[\\/](?![\\/])
+    rf"""(?<![^{BEFORE}])(?:
+        (?i:file):/+
+      | [A-Za-z]:(?:\\+|/(?!/))
       | ~[\w.\-]*[\\/]
-      | (?:[^\s'"=:,]*[\\/])?\.\.(?=[\\/]|$)
-      | \\\\(?=\w)
-      | (?<!:)//(?=\w)
-      | /(?=[\w.~$@%])
+      | (?:[^{BEFORE}]*[\\/])?\.\.(?=[\\/]|$)
+      | \\+(?=[\w?.])
+      | (?<!:)//+(?=[^\s/])
+      | /(?=[^\s/])
       | /$
     )""",
     re.VERBOSE,
@@ -43,30 +45,37 @@ def public(text: str) -> str:
     return text[: found.start()] + ("" if re.fullmatch(r"\.\.|~.*|[A-Za-z]:|file:", last) else last)
 
 
-def secrets() -> list[str]:
-    """Values of the environment's variables that are named like a token or a password."""
-    return [value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= 8]
+def secrets() -> dict[str, str]:
+    """The environment's variables that are named like a token or a password. A path is none, though it may lead to one."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if SECRETS.search(name) and len(value) >= 8 and not os.path.exists(value)
+    }
 
 
 def without_secrets(text: str) -> str:
     """The text with access tokens, and whatever the environment keeps under such a name, replaced."""
-    for value in secrets():
+    for value in secrets().values():
         text = text.replace(value, "<secret>")
     return TOKEN.sub("<secret>", text)
 
 
-def holds_secret(content: bytes) -> bool:
-    """Whether a token, the one that this user is logged in with, or a secret of the environment is in a file's bytes.
+def secret_in(content: bytes) -> str | None:
+    """What a file's bytes hold that nobody else may see, in words, or None.
 
-    JSON writes some characters otherwise; a secret is looked for in these ways too.
+    It is an access token, the one that this user is logged in with, or a secret of the environment. JSON writes some
+    characters otherwise; a secret is looked for in these ways too.
     """
     from huggingface_hub import get_token
 
-    for value in [*secrets(), *filter(None, [get_token()])]:
+    known = {f"the value of the environment's {name}": value for name, value in secrets().items()}
+    known["the token that you are logged in with"] = get_token() or ""
+    for words, value in known.items():
         forms = (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
-        if any(form.encode(errors="replace") in content for form in forms):
-            return True
-    return re.search(TOKEN.pattern.encode(), content) is not None
+        if value and any(form.encode(errors="replace") in content for form in forms):
+            return words
+    return "an access token" if re.search(TOKEN.pattern.encode(), content) else None
 
 
 def one_line(value: Any) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from agr_hf.tasks.runs import command, plain
-from agr_hf.texts import holds_secret, one_line, public
+from agr_hf.texts import one_line, public, secret_in
 
 PATHS = {
     "/home/alice/runs/lr=1e-3": "lr=1e-3",
@@ -26,11 +26,19 @@ PATHS = {
     '{"p": "/home/alice/x"}': '{"p": "x"}',
     "C:\\Users\\alice\\x": "x",
     "D:/alice/x": "x",
+    "///home/alice/x": "x",
+    "/+tmp/alice/x": "x",
+    "/(alice)/y": "y",
+    "FILE:///home/alice/x": "x",
+    "\\Users\\alice\\x": "x",
+    "\\\\?\\C:\\alice\\x": "x",
+    "see `/home/alice/x`": "see `x`",
     "\\\\server\\alice\\x": "x",
 }
 NO_PATHS = [
     "uoft-cs/cifar10", "https://huggingface.co/a/b", "s3://bucket/x", "image/png", "3 s / step", "and/or", "+/-", "runs/x",
     "layer.0/conv", "...", "x..y", "~5 minutes", "torch==2.9", "NVIDIA H100 80GB HBM3", "12:30",
+    "my data (v2)/t.parquet", "C++/x", "{a,b}/x", "données!/x", "[1]/x", '{"a": 1}', "a=1,b=2", "timm/vit_tiny.augreg_in21k",
 ]  # fmt: skip
 TOKENS = [
     "hf_" + "a" * 34, "x_hf_" + "a" * 34, "hf_" + "a" * 34 + "_v2", "hf_jwt_eyJhbGciOi.J9eyJz-dWIi", "hf_oauth_" + "e" * 20,
@@ -52,7 +60,7 @@ def test_what_only_looks_like_a_path_stays(text):
 @pytest.mark.parametrize("token", TOKENS)
 def test_tokens_are_seen_in_texts_and_files(token):
     assert token not in public(f"x {token} y")
-    assert holds_secret(b"\x00\xff" + token.encode() + b"\n")
+    assert secret_in(b"\x00\xff" + token.encode() + b"\n") == "an access token"
 
 
 def test_secrets_of_the_environment_are_seen_as_json_writes_them(monkeypatch):
@@ -60,8 +68,22 @@ def test_secrets_of_the_environment_are_seen_as_json_writes_them(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", secret)
     assert public(f"x {secret}") == "x <secret>"
     for ascii_only in (True, False):
-        assert holds_secret(json.dumps({"x": secret}, ensure_ascii=ascii_only).encode())
-    assert not holds_secret(b"model_hf_hub, agr_hf/experiments and other words")
+        found = secret_in(json.dumps({"x": secret}, ensure_ascii=ascii_only).encode())
+        assert found == "the value of the environment's MY_PASSWORD"
+    assert secret_in(b"model_hf_hub, agr_hf/experiments and other words") is None
+
+
+def test_what_is_only_named_like_a_secret_stays(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKENIZERS_CACHE", "datasets")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    assert public("data/datasets/x") == "data/datasets/x"
+    assert secret_in(str(tmp_path).encode()) is None
+
+
+@pytest.mark.timeout(60)  # in time that grows with the square it would be hours
+@pytest.mark.parametrize("part", ["!/", "(/", "a/", "../", "=/", "~/", "\\"])
+def test_a_long_text_takes_no_time(part):
+    public(part * 400_000)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,8 @@ def main(argv=None):
     if trainer.is_world_process_zero():
         config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
         config |= {"parameters": parameters, "train_pairs": len(train_data), "eval_pairs": len(eval_data)}
+        base = model_args.model_name_or_path
+        config["base_model"] = base if base and not Path(base).exists() else None  # a folder here is none of the Hub's
         files = (data_args.train_file, data_args.validation_file)
         write_results(
             args.output_dir,
@@ -201,7 +203,9 @@ def tokenizer_of(model_args, args, articles):
 
 def model_of(model_args, tokenizer, length):
     if model_args.model_name_or_path:
-        model = AlbertForPreTraining.from_pretrained(model_args.model_name_or_path, trust_remote_code=False)
+        model = AlbertForPreTraining.from_pretrained(
+            model_args.model_name_or_path, trust_remote_code=False, use_safetensors=True
+        )
         if length > model.config.max_position_embeddings:
             at_most = model.config.max_position_embeddings
             raise ValueError(f"max_seq_length={length} is more than the model's {at_most} positions; pass at most that")

@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.hub.push import push_finished, require_token
+from agr_hf.hub.push import check_push, push_finished
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
@@ -109,8 +109,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
+    repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub:
-        require_token()
+        check_push(repo_id, args.hub_revision)
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
@@ -163,7 +164,7 @@ def main(argv=None):
     load_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
     if ema:
         ema.to(accelerator.device)  # a checkpoint is read on the CPU
-    config = {key: value for key, value in vars(args).items() if key not in ("output_dir", "report_to", "hub_model_id")}
+    config = {key: value for key, value in vars(args).items() if key not in ("output_dir", "report_to")}
     if args.report_to != "none":
         accelerator.init_trackers("train_ddpm", {key: value for key, value in config.items() if value is not None})
     accelerator.print(
@@ -271,9 +272,8 @@ def main(argv=None):
         )
         print(", ".join(f"{key} {value:.6g}" for key, value in metrics.items()))
         if args.push_to_hub:
-            name = args.hub_model_id or output_dir.resolve().name
             options = {"private": args.hub_private_repo, "revision": args.hub_revision}
-            push_finished(output_dir, name, with_training_state=args.push_training_state, **options)
+            push_finished(output_dir, repo_id, with_training_state=args.push_training_state, **options)
 
 
 if __name__ == "__main__":

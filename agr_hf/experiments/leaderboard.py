@@ -85,7 +85,8 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     by this table.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
+    # A run may be given twice: its folder, and where it was published.
+    for run in {json.dumps(run, sort_keys=True): run for run in runs}.values():
         config = _settings(run)
         groups.setdefault(json.dumps([run["task"], run["optimizer"], config], sort_keys=True), []).append(run)
     lines = ["| task | data | model | optimizer | rate | settings | runs | metric | value | seconds |",
@@ -116,7 +117,7 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run["config"].items() if key not in PER_RUN}
+    return {key: value for key, value in run["config"].items() if key not in PER_RUN and not key.startswith("hub_")}
 
 
 def _place(run: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from agr_hf.files import write_text
 from agr_hf.hub.download import download_run, published_results
 from agr_hf.hub.results import read_results
 from agr_hf.hub.training_state import FOLDER, import_checkpoint
-from agr_hf.texts import one_line, public
+from agr_hf.tasks.runs import without_token_arguments
+from agr_hf.texts import one_line, public, without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -62,6 +64,7 @@ ARGUMENTS: dict[str, frozenset[str]] = {
 # Arguments of a published command that are the publisher's own affair.
 LEFT_OUT = re.compile(r"output_dir|report_to|resume_from_checkpoint|push_.*|hub_.*|run_name|logging_dir")
 # Published files are known by their names: a path or an address in a command is not of our making.
+LONGEST = 10_000
 ELSEWHERE = re.compile(r"[A-Za-z][\w+.\-]*://")
 FEATURES = re.compile(r"pixels|timm:[\w.\-]+")
 
@@ -72,6 +75,10 @@ def published_command(results: Mapping[str, Any]) -> tuple[str, list[str]]:
     Raises:
         ValueError: the command is of no script of agr_hf, or has arguments that are not repeated; the message names them.
     """
+    if len(results["command"]) > LONGEST:
+        raise ValueError(
+            f"the published command has {len(results['command']):,} characters; no run's has over {LONGEST:,}"
+        )
     try:
         words = shlex.split(results["command"])
     except ValueError as error:
@@ -107,7 +114,7 @@ def published_command(results: Mapping[str, Any]) -> tuple[str, list[str]]:
                 f"the published command has --{name}, which is not repeated for others; if you want it, run the command "
                 f"yourself: {one_line(results['command'])}"
             )
-    features = [v for f, v in zip(kept, [*kept[1:], ""], strict=True) if f == "--features"]
+    features = [value for name, value in pairwise([*kept, ""]) if name == "--features"]
     features += [word.partition("=")[2] for word in kept if word.startswith("--features=")]
     if not all(FEATURES.fullmatch(value) for value in features):
         raise ValueError(
@@ -148,7 +155,8 @@ def run_script(script: str, arguments: Sequence[str], processes: int = 1) -> Non
         [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     )
     command = [sys.executable, *launcher, str(path), *arguments]
-    print(shlex.join(["python", *launcher, f"training_scripts/{script}", *arguments]), flush=True)
+    shown = [without_secrets(word) for word in without_token_arguments(arguments)]
+    print(shlex.join(["python", *launcher, f"training_scripts/{script}", *shown]), flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
         raise RuntimeError(f"training_scripts/{script} ended with exit code {code}; its messages are above")

@@ -199,7 +199,7 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
         )
         for key, label, value in shown_metrics(task, results["metrics"])
     ]
-    base = results["config"].get("model_name_or_path")
+    base = results["config"].get("base_model")
     data = ModelCardData(
         library_name=task.library,
         pipeline_tag=task.pipeline,

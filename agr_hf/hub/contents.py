@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agr_hf.integrations.checkpoints import file_fault, shards_of
-from agr_hf.texts import holds_secret, public
+from agr_hf.texts import public, secret_in, without_secrets
 
 # Weights are published as safetensors only: never what must be unpickled, and no event files, whose names hold a host's.
 KINDS = (".safetensors", ".json", ".model", ".png", ".jinja")
@@ -41,13 +41,17 @@ def is_published(path: str) -> bool:
     return kind and (len(parts) == 1 or parts[0] in FOLDERS)
 
 
-def is_replaced(path: str) -> bool:
+def is_replaced(path: str, of_a_run: bool) -> bool:
     """Whether a push of a run without this file takes it off the Hub: a run's folders, a model's weights and tokenizer.
 
     Other files at the top are left, whoever put them there.
+
+    Args:
+        path: in the repository.
+        of_a_run: whether a run was published there before; files in folders are another's otherwise.
     """
-    parts = PurePosixPath(path).parts
-    return is_published(path) and (len(parts) > 1 or bool(LOADED.fullmatch(path)) or path in MADE)
+    inside = len(PurePosixPath(path).parts) > 1 or path in MADE
+    return is_published(path) and (bool(LOADED.fullmatch(path)) or (inside and of_a_run))
 
 
 def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
@@ -62,11 +66,14 @@ def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
     files = {
         path.relative_to(run_dir).as_posix(): path
         for folder in (run_dir, *(run_dir / name for name in FOLDERS))
-        if folder.is_dir() and not folder.is_symlink()
+        if folder.is_dir()
         for path in sorted(folder.rglob("*") if folder != run_dir else folder.iterdir())
-        if path.is_file() and not path.is_symlink()
+        if path.is_file()
     }
     files = {name: path for name, path in files.items() if is_published(name) and name not in MADE}
+    for name, path in files.items():
+        if path.is_symlink() or any(parent.is_symlink() for parent in list(path.parents)[: name.count("/")]):
+            raise ValueError(f"{run_dir}: {name} is a link, which is not followed; put the file itself there")
     if "results.json" not in files:
         raise ValueError(
             f"{run_dir} has no results.json: the run did not finish; start it again with --resume_from_checkpoint latest"
@@ -122,6 +129,7 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 
 def refuse_secrets(name: str, content: bytes) -> None:
-    """Raise ValueError if a token, or what the environment keeps under such a name, is in a file to be published."""
-    if holds_secret(content):
-        raise ValueError(f"{name} holds an access token or another secret; nothing was pushed: take it out first")
+    """Raise ValueError if a secret is in the name or the bytes of a file to be published."""
+    found = secret_in(os.fsencode(name) + b"\n" + content)
+    if found:
+        raise ValueError(f"{without_secrets(name)} holds {found}; nothing was pushed: take it out first")

@@ -41,9 +41,9 @@ def push_run(
 ) -> str:
     """Publish a finished run: model, card, results, curves and samples, in one commit.
 
-    Weights and files in a run's folders (samples, training_state, ...) that this run does not have are removed in the same
-    commit; what else is in the repository stays. Uploads that a failure interrupts are taken up again, and files that the
-    Hub has already are not sent twice. The run's folder is only read.
+    Weights and tokenizers that this run does not have are removed in the same commit, and where a run was published before,
+    files in its folders (samples, training_state, ...); what else is in the repository stays. Uploads that a failure
+    interrupts are taken up again, and files that the Hub has already are not sent twice. The run's folder is only read.
 
     Args:
         run_dir: the --output_dir of a training script.
@@ -63,12 +63,10 @@ def push_run(
         ConnectionError: the Hub refused, or failed again and again; the message says what to do. The branch is as it was.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
 
     api = api or HfApi()
-    validate_repo_id(repo_id)
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ValueError(f"revision={revision} is a commit; name a branch to push to, or none for main")
+    check_place(repo_id, revision)
+    revision = revision or None
     if "/" not in repo_id:
         user = persistently(f"{repo_id} was not pushed", lambda _: api.whoami()["name"], afterwards=UNCHANGED)
         repo_id = f"{user}/{repo_id}"
@@ -96,13 +94,13 @@ def push_finished(run_dir: str | os.PathLike[str], repo_id: str, **options: Any)
     """
     try:
         print(f"published: {push_run(run_dir, repo_id, **options)}")
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         words = ["agr-hf", "push", str(run_dir), "--repo-id", repo_id]
         words += ["--private"] if options.get("private") else []
         words += ["--revision", options["revision"]] if options.get("revision") else []
         words += ["--with-training-state"] if options.get("with_training_state") else []
         raise SystemExit(
-            f"{error}\nThe run is finished, and whole in {run_dir}; publish it with\n    {shlex.join(words)}"
+            f"{str(error) or 'stopped'}\nThe run is finished, and whole in {run_dir}; publish it with\n    {shlex.join(words)}"
         ) from None
 
 
@@ -172,7 +170,9 @@ def _commit(
     there = api.list_repo_files(repo_id, revision=parent)
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     operations += [
-        CommitOperationDelete(name, is_folder=False) for name in there if is_replaced(name) and name not in contents
+        CommitOperationDelete(name, is_folder=False)
+        for name in there
+        if name not in contents and is_replaced(name, of_a_run="results.json" in there)
     ]
     commit = api.create_commit(
         repo_id,
@@ -198,10 +198,26 @@ def _digest(contents: Mapping[str, bytes | Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def require_token(token: str | None = None) -> None:
-    """Raise ValueError where nobody is logged in: better before a training than after it."""
-    from huggingface_hub import get_token
+def check_place(repo_id: str, revision: str | None = None) -> None:
+    """Raise ValueError where nothing can be pushed to."""
+    from huggingface_hub.utils import validate_repo_id
 
+    validate_repo_id(repo_id)
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"revision={revision} is a commit; name a branch to push to, or none for main")
+
+
+def check_push(repo_id: str, revision: str | None = None, token: str | None = None) -> None:
+    """What can be known of a push before the training: the place, a token, a network that is not switched off.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    from huggingface_hub import constants, get_token
+
+    check_place(repo_id, revision)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("push_to_hub needs a network, and HF_HUB_OFFLINE is set")
     if not (token or get_token()):
         raise ValueError(f"push_to_hub needs a token of the Hub: {LOG_IN}")
 
@@ -212,16 +228,17 @@ def take_over_push(args: TrainingArguments, with_training_state: bool = False) -
     Trainer pushes at every save, and its own card. From here on it does not: a script pushes once, when the run is whole.
 
     Raises:
-        ValueError: there is no token.
+        ValueError: see `check_push`.
     """
     if not args.push_to_hub:
         return None
     from huggingface_hub import HfApi
 
-    require_token(args.hub_token)
+    repo_id = args.hub_model_id or Path(args.output_dir or ".").resolve().name
+    check_push(repo_id, args.hub_revision, args.hub_token)
     args.push_to_hub = False
     return {
-        "repo_id": args.hub_model_id or Path(args.output_dir or ".").resolve().name,
+        "repo_id": repo_id,
         "private": args.hub_private_repo,
         "revision": args.hub_revision,
         "with_training_state": with_training_state,

@@ -30,7 +30,7 @@ SHAPE = Table(
         "command": str,
         "metrics": {str: SCALAR},
         "config": Table(
-            {"learning_rate": NUMBER, "hidden_size": int, "model_name": str, "model_name_or_path": str, "unet": str}
+            {"learning_rate": NUMBER, "hidden_size": int, "model_name": str, "base_model": str, "unet": str}
         ),
         "epochs": [Table({"epoch": NUMBER}, ("epoch",))],
         "dataset": Table({"name": str, "hub_id": str, "revision": str, "files": [str], "examples": int}),
@@ -75,27 +75,28 @@ def read_results(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
         raise ValueError(f"{name} is nested too deeply to be of a run") from None
     except ValueError as error:
         raise ValueError(f"{name} is no JSON of a run: {error}") from None
-    _check(results, SHAPE, name)
+    check(results, SHAPE, name)
     return results
 
 
-def _check(value: Any, shape: Any, where: str) -> None:
+def check(value: Any, shape: Any, where: str) -> None:
+    """Raise ValueError, with the place, where a value of JSON is not of a shape such as `SHAPE`."""
     if isinstance(shape, Table):
         _expect(isinstance(value, dict), value, "a table", where)
         for name in shape.needed:
             _expect(value.get(name) is not None, value.get(name), "needed", f"{where}: {name}")
         for name, of in shape.fields.items():
             if value.get(name) is not None:
-                _check(value[name], of, f"{where}: {name}")
+                check(value[name], of, f"{where}: {name}")
     elif isinstance(shape, dict):
         _expect(isinstance(value, dict), value, "a table", where)
         for name, entry in value.items():
             if entry is not None or isinstance(shape[str], dict):
-                _check(entry, shape[str], f"{where}: {name!r}")
+                check(entry, shape[str], f"{where}: {name!r}")
     elif isinstance(shape, list):
         _expect(isinstance(value, list), value, "a list", where)
         for index, entry in enumerate(value):
-            _check(entry, shape[0], f"{where}[{index}]")
+            check(entry, shape[0], f"{where}[{index}]")
     else:
         kinds = shape if isinstance(shape, tuple) else (shape,)
         allowed = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
@@ -105,9 +106,9 @@ def _check(value: Any, shape: Any, where: str) -> None:
 def _expect(allowed: bool, value: Any, wanted: str, where: str) -> None:
     if not allowed:
         raise ValueError(
-            f"{where} is {json.dumps(value)[:60]}, and must be {wanted}: this is not of a run of agr_hf's training scripts"
+            f"{where} is {json.dumps(value)[:60]}, and must be {wanted}; it is not of a run of agr_hf's training scripts"
             if value is not None
-            else f"{where} is missing: this is not of a run of agr_hf's training scripts"
+            else f"{where} is missing; it is not of a run of agr_hf's training scripts"
         )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from agr_hf import unpickled
 from agr_hf.files import replaced_folder, write_text
+from agr_hf.hub.results import NUMBER, Table, check
 from agr_hf.integrations.accelerate import latest_state, numbered_checkpoints
 from agr_hf.integrations.checkpoints import latest_checkpoint
 
@@ -27,6 +28,20 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl")
 # Trainer writes its arguments for the record and never reads them.
 LEFT_OUT = ("training_args.bin",)
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+# Of Trainer's state, what it and the scripts compute with.
+STATE = Table(
+    {
+        "global_step": int,
+        "max_steps": int,
+        "num_train_epochs": int,
+        "epoch": NUMBER,
+        "logging_steps": NUMBER,
+        "eval_steps": NUMBER,
+        "save_steps": NUMBER,
+        "log_history": [Table({"step": int, "epoch": NUMBER, "loss": NUMBER}, ("step", "epoch"))],
+    },
+    ("global_step", "log_history"),
+)
 # Of what is no pickle, these go along: neither a card with paths in it nor what a program keeps hidden.
 KINDS = (".safetensors", ".json", ".model")
 
@@ -82,9 +97,9 @@ def import_checkpoint(folder: str | os.PathLike[str], output_dir: str | os.PathL
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         name, pickles = str(index["name"]), [str(pickle) for pickle in index["pickles"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder} holds no published training state: {error}") from None
-    if not re.fullmatch(r"checkpoint-\d{1,12}", name):
+    if not re.fullmatch(r"checkpoint-[0-9]{1,12}", name):
         raise ValueError(f"{folder / INDEX} names {name!r}, which is no checkpoint")
     for text in pickles:
         if not NAME.fullmatch(text):
@@ -95,12 +110,24 @@ def import_checkpoint(folder: str | os.PathLike[str], output_dir: str | os.PathL
         for pickle in pickles:
             if Path(pickle).suffix not in PICKLES:
                 raise ValueError(f"{folder / INDEX} names {pickle!r}, which is no file of torch.save")
-            torch.save(unpickled.load(folder / pickle), temporary / pickle)
+            torch.save(_loaded(folder, pickle), temporary / pickle)
             made |= {f"{pickle}.json", f"{pickle}.safetensors"}
         for path in folder.iterdir():
             if path.name not in made and path.suffix in KINDS:
                 shutil.copyfile(path, temporary / path.name)
     return Path(output_dir) / name
+
+
+def _loaded(folder: Path, pickle: str) -> dict[str, Any]:
+    """All that Trainer and accelerate keep in pickles are tables: an optimizer's, a schedule's, random states."""
+    try:
+        value = unpickled.load(folder / pickle)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{pickle} of the published training state is missing or damaged: {error}") from None
+    needed = {"state", "param_groups"} if pickle.startswith("optimizer") else set()
+    if not isinstance(value, dict) or not value or not needed <= set(value):
+        raise ValueError(f"{pickle} of the published training state is none: it is no table of what it should hold")
+    return value
 
 
 def _check_trainer_state(path: Path) -> None:
@@ -110,12 +137,12 @@ def _check_trainer_state(path: Path) -> None:
     if not path.exists():
         return
     try:
-        log = TrainerState.load_from_json(str(path)).log_history
-        whole = all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in log)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        check(json.loads(path.read_text(encoding="utf-8")), STATE, path.name)
+        state = TrainerState.load_from_json(str(path))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path.name} is no state of a Trainer: {error}") from None
-    if not whole:
-        raise ValueError(f"{path.name} is no state of a Trainer: its log has an entry without a step")
+    if any(steps is not None and steps <= 0 for steps in (state.logging_steps, state.eval_steps, state.save_steps)):
+        raise ValueError(f"{path.name} is no state of a Trainer: it logs, evaluates or saves every 0 steps")
 
 
 def _numpy_globals() -> list[Any]:

@@ -28,7 +28,7 @@ EMBEDDED = ("digits", "pydoc-topics")
 # Arguments that hold a token, also abbreviated, as argparse takes them.
 TOKEN_ARGUMENTS = re.compile(r"--(push_to_)?hub_t\w*")
 # Arguments that say where a run goes, not what it is.
-PRIVATE = ("hub_token", "push_to_hub_token", "hub_model_id", "logging_dir", "output_dir", "run_name")
+PRIVATE = ("push_to_hub_token", "logging_dir", "output_dir", "run_name")
 
 
 def write_results(
@@ -80,7 +80,7 @@ def write_results(
         "optimizer_groups": groups,
         "gradients": gradients or {},
         "epochs": list(epochs),
-        "config": {key: value for key, value in config.items() if key not in PRIVATE},
+        "config": {key: value for key, value in config.items() if key not in PRIVATE and not key.startswith("hub_")},
         **environment(),
     }
     results = plain(results)
@@ -133,19 +133,23 @@ def plain(value: Any) -> Any:
 
 def command(script: str, argv: Sequence[str] | None = None) -> str:
     """The command line that repeats a run: without tokens and the machine's paths, of which the last part is kept."""
-    words = []
-    argv = list(sys.argv[1:] if argv is None else argv)
-    while argv:
-        word = argv.pop(0)
-        name, equals, _ = word.partition("=")
-        if TOKEN_ARGUMENTS.fullmatch(name.replace("-", "_").replace("__", "--", 1)):
-            if not equals and argv:
-                argv.pop(0)
-        else:
-            words.append(public(word))
+    words = map(public, without_token_arguments(sys.argv[1:] if argv is None else argv))
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
     return shlex.join([*launcher, f"training_scripts/{Path(script).name}", *words])
+
+
+def without_token_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command but for `--hub_token` and its likes, however they are written."""
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if not TOKEN_ARGUMENTS.fullmatch(name.replace("-", "_").replace("__", "--", 1)):
+            words.append(word)
+        elif not equals and rest:
+            rest.pop(0)
+    return words
 
 
 def commit() -> str | None:

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,8 @@ def test_a_run_is_reproduced_to_the_bit_and_both_results_are_shown(trained, hub,
         ("python train_albert.py --train_file /etc/passwd.txt", "a place outside"),
         ("python train_albert.py --tokenizer_name ../../secret", "a place outside"),
         ("python train_ddpm.py --train_data ~/photos", "a place outside"),
+        ("python train_ddpm.py --train_data ///etc/x", "a place outside"),
+        (f"python train_ddpm.py --dataset_name {'!/' * 20_000}", "no run's has over 10,000"),
     ],
 )
 def test_hostile_commands_are_refused(command, message):
@@ -172,6 +175,18 @@ def test_of_a_command_what_it_trains_is_kept_and_where_to_is_left_out():
     assert rerun.published_command({"command": command}) == (
         "train_image_classifier.py", ["--model_name=mlp", "--lr-milestones", "1", "2", "--use_cpu", "true", "--seed", "3"],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", list(rerun.ARGUMENTS))
+def test_a_command_without_arguments_of_its_own_is_one_too(script):
+    command = f"python training_scripts/{script} --output_dir runs/x --push_to_hub"
+    assert rerun.published_command({"command": command}) == (script, [])
+
+
+def test_a_token_behind_the_dashes_is_not_printed(capfd, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
+    rerun.run_script("train_albert.py", ["--seed", "1", "--hub-token", "secret", "--x", "hf_" + "a" * 34])
+    assert capfd.readouterr().out == "python training_scripts/train_albert.py --seed 1 --x '<secret>'\n"
 
 
 def test_every_argument_that_may_be_repeated_is_one_of_the_script(capsys):
@@ -301,7 +316,11 @@ def test_arguments_behind_the_dashes_reach_the_script(hub, logged_in, tmp_path, 
     assert capsys.readouterr().err.endswith("agr-hf: enough\n")
     for words, message in (
         (["reproduce", "lab/digits", "--output-dir", "x", "--max_steps", "3"], "come behind --"),
-        (["push", "run", "--repo-id", "x", "--", "--seed", "1"], "unrecognized arguments: --seed 1"),
+        (["push", "run", "--repo-id", "x", "--", "--seed", "1"], "unrecognized arguments: -- --seed 1"),
+        (
+            ["reproduce", "lab/digits", "--output-dir", "x", "--max_steps", "3"],
+            "unrecognized arguments: --max_steps 3;",
+        ),
         (["leaderboard", "run", "--seeds"], "unrecognized arguments: --seeds"),
     ):
         with pytest.raises(SystemExit):

@@ -129,6 +129,16 @@ def test_a_script_that_cannot_push_says_how_to_publish_its_run(hub, tmp_path, ca
     assert str(error.value).endswith(f"agr-hf push '{run}' --repo-id nobody/run --private --revision seed-1")
 
 
+@pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_whatever_ends_a_push_the_run_is_said_to_be_whole(raised, hub, tmp_path, monkeypatch):
+    def ends(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr("agr_hf.hub.push.prepare", ends)
+    with pytest.raises(SystemExit, match="(No space left|stopped)\n?.*The run is finished, and whole in"):
+        push_finished(made_up(tmp_path / "run"), REPO, api=hub.api())
+
+
 def requests_of(hub, push):
     """The requests that a push makes: the last part of their paths."""
     before = len(hub.requests)
@@ -214,6 +224,13 @@ def test_without_a_token_nothing_is_tried_again_and_no_training_begins(hub, tmp_
     args = TrainingArguments(str(tmp_path), push_to_hub=True, report_to="none")
     with pytest.raises(ValueError, match="push_to_hub needs a token of the Hub: log in with `hf auth login`"):
         take_over_push(args)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    args = TrainingArguments(str(tmp_path / "lr=1e-3"), push_to_hub=True, report_to="none")
+    with pytest.raises(ValueError, match="Repo id must use alphanumeric chars"):
+        take_over_push(args)
+    args = TrainingArguments(str(tmp_path), push_to_hub=True, hub_revision="a" * 40, report_to="none")
+    with pytest.raises(ValueError, match="is a commit; name a branch to push to"):
+        take_over_push(args)
 
 
 def test_an_interrupted_upload_is_taken_up_again(hub, tmp_path):
@@ -257,6 +274,8 @@ def cut_in_half(path):
             "names model-1.safetensors, which is missing",
         ),
         (lambda run: (run / "model_index.json").write_text("{}"), "unet has no weights"),
+        (lambda run: (run / "link.json").symlink_to("/etc/hostname"), "link.json is a link, which is not followed"),
+        (lambda run: (run / f"hf_{'a' * 34}.json").write_text("{}"), "<secret>.json holds an access token"),
         (lambda run: (run / "config.json").write_text('{"x": "hf_' + "a" * 34 + '"}'), "holds an access token"),
     ],
 )
@@ -285,7 +304,6 @@ def test_what_is_no_part_of_a_model_is_not_published(hub, tmp_path):
     run = made_up(tmp_path / "run")
     (run / "log.txt").write_text("saved to /home/alice/runs")
     (run / ".env").write_text("x")
-    (run / "link.json").symlink_to("/etc/hostname")
     checkpoint = run / "checkpoint-5"
     (checkpoint / "trainer_state.json").write_text("{}")
     export = tmp_path / "state"
@@ -296,7 +314,17 @@ def test_what_is_no_part_of_a_model_is_not_published(hub, tmp_path):
     export_checkpoint(checkpoint, export)
     assert {path.name for path in export.iterdir()} == {"trainer_state.json", "checkpoint.json"}
     push_run(run, REPO, api=hub.api())
-    assert not {"log.txt", ".env", "link.json"} & hub.files(REPO).keys()
+    assert not {"log.txt", ".env"} & hub.files(REPO).keys()
+
+
+def test_files_of_a_repository_that_held_no_run_stay(hub, tmp_path):
+    api = hub.api()
+    api.create_repo(REPO)
+    mine = ("samples/mine.png", "scheduler/mine.json", "training_state/notes.json")
+    for name in mine:
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id=REPO)
+    push_run(made_up(tmp_path / "run"), REPO, api=api)
+    assert all(hub.files(REPO)[name] == b"mine" for name in mine)
 
 
 def test_the_weights_load_on_the_other_side(hub, tmp_path):

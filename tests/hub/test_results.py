@@ -104,3 +104,10 @@ def test_rows_say_what_differs_between_them(tmp_path):
     made_up(tmp_path / "other", dataset={"name": "mnist"}, config={"model_name": "mlp", "weight_decay": 0.2})
     rows = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
     assert sorted(row.split("|")[6].strip() for row in rows) == ["max_steps=4", "max_steps=8", "–"]
+
+
+def test_a_run_given_twice_is_one_and_where_it_was_pushed_makes_no_other(tmp_path):
+    made_up(tmp_path / "a", config={"model_name": "mlp", "hub_private_repo": True})
+    made_up(tmp_path / "b", seed=1, config={"model_name": "mlp"})
+    rows = leaderboard(collect([str(tmp_path / name) for name in "aab"])).splitlines()[2:]
+    assert [row.split("|")[7].strip() for row in rows] == ["2"]

@@ -95,7 +95,18 @@ def test_published_pickles_are_left_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", ["[1]", '{"unknown": 1}', '{"log_history": [1]}', '{"log_history": [{"loss": 1}]}', "{", "[" * 100_000]
+    "state",
+    [
+        "[1]",
+        '{"unknown": 1}',
+        '{"log_history": [1]}',
+        '{"log_history": [{"loss": 1}]}',
+        "{",
+        "[" * 100_000,
+        '{"global_step": 1, "log_history": [], "save_steps": 0}',
+        '{"global_step": 1, "log_history": [], "epoch": "x"}',
+        '{"global_step": 1, "log_history": [{"step": 1, "eval_loss": "x"}]}',
+    ],
 )
 def test_a_hostile_trainer_state_is_refused(state, tmp_path):
     folder = tmp_path / "published"
@@ -105,6 +116,17 @@ def test_a_hostile_trainer_state_is_refused(state, tmp_path):
     with pytest.raises(ValueError, match=r"trainer_state.json is no state of a Trainer"):
         import_checkpoint(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["[]", "null", '{"dict": []}', '{"dict": [["state", {"dict": []}]]}', "[" * 100_000])
+def test_hostile_optimizer_state_is_refused(value, tmp_path):
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"name": "checkpoint-1", "pickles": ["optimizer.pt"]}))
+    (folder / "optimizer.pt.json").write_text(value)
+    with pytest.raises(ValueError, match=r"optimizer.pt of the published training state is"):
+        import_checkpoint(folder, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def test_the_newest_complete_one_is_taken(trained, tmp_path):
