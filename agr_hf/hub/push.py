@@ -100,7 +100,8 @@ def push_finished(run_dir: str | os.PathLike[str], repo_id: str, **options: Any)
         words += ["--revision", options["revision"]] if options.get("revision") else []
         words += ["--with-training-state"] if options.get("with_training_state") else []
         raise SystemExit(
-            f"{str(error) or 'stopped'}\nThe run is finished, and whole in {run_dir}; publish it with\n    {shlex.join(words)}"
+            f"{str(error) or 'stopped'}\nThe run is finished, and whole in {run_dir}; publish it with\n    "
+            + shlex.join(words)
         ) from None
 
 
