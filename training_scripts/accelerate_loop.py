@@ -74,6 +74,7 @@ def main(argv=None):
     accelerator.register_for_checkpointing(ema, progress)
     load_checkpoint(accelerator, args.resume_from_checkpoint, args.output_dir)
 
+    loss = None
     while progress.epoch < args.num_train_epochs:
         model.train()
         for batch in batches_of_epoch(accelerator, loader, progress):
@@ -93,7 +94,8 @@ def main(argv=None):
                 if progress.step % args.save_steps == 0:
                     save_checkpoint(accelerator, args.output_dir, progress.step)
         progress.epoch, progress.batches = progress.epoch + 1, 0
-        accelerator.print(f"epoch {progress.epoch}: loss {loss.item():.4f}")
+        if loss is not None:  # resumed behind the last batch of an epoch
+            accelerator.print(f"epoch {progress.epoch}: loss {loss.item():.4f}")
 
     save_checkpoint(accelerator, args.output_dir, progress.step)
     if accelerator.is_main_process:

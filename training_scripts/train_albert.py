@@ -25,7 +25,7 @@ from transformers import (
 import agr_hf
 from agr_hf.files import replaced_folder
 from agr_hf.hub.push import push_finished, take_over_push
-from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR
+from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR, TrainingTime
 from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
@@ -147,7 +147,8 @@ def main(argv=None):
     if name in agr_hf.list_optimizers():
         options = parse_optim_args(optimizer_info(name), args.optim_args)
         chosen["optimizer_cls_and_kwargs"] = trainer_optimizer(name, args, **options)
-    callbacks = [sop.EpochOfChunks(train_data)]
+    clock = TrainingTime()
+    callbacks = [sop.EpochOfChunks(train_data), clock]
     if run_args.suspend_agr_at_epoch is not None:
         callbacks.append(SuspendAGR(at_epoch=run_args.suspend_agr_at_epoch))
     trainer = Trainer(model, args, collator, train_data, eval_data, processing_class=tokenizer, callbacks=callbacks,
@@ -156,7 +157,7 @@ def main(argv=None):
     if run_args.gradient_statistics_every:
         GradientStatistics(every=run_args.gradient_statistics_every).attach(trainer)
 
-    outcome = train(trainer, args.resume_from_checkpoint)
+    train(trainer, args.resume_from_checkpoint)
     metrics = evaluation_of(trainer.evaluate())
     logger.info("masked accuracy %.2f%%, perplexity %.1f, sentence-order accuracy %.2f%%",
                 100 * metrics["masked_accuracy"], metrics["perplexity"], 100 * metrics["sop_accuracy"])  # fmt: skip
@@ -180,7 +181,7 @@ def main(argv=None):
             dataset=dataset_of(data_args.dataset_name, len(train_data), files, hub_source(data_args.dataset_name)),
             epochs=epochs_of(trainer.state.log_history),
             metrics=metrics,
-            seconds=outcome.metrics["train_runtime"],
+            seconds=clock.seconds,
             gradients=gradients_of(trainer.state.log_history),
         )
         if push:

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import agr_hf
 from agr_hf.hub.push import push_finished, take_over_push
-from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
+from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR, TrainingTime
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
@@ -88,7 +88,8 @@ def main(argv=None):
     model = classifier(model_args.model_name, data.size, data.channels, data.labels, data.mean, data.std)
     logger.info("%s: %s parameters", model_args.model_name, f"{parameter_count(model):,}")
 
-    callbacks = [GradientScaleCheck()]
+    clock = TrainingTime()
+    callbacks = [GradientScaleCheck(), clock]
     if run_args.suspend_agr_at_epoch is not None:
         callbacks.append(SuspendAGR(at_epoch=run_args.suspend_agr_at_epoch))
     trainer = Trainer(model, args, train_dataset=data.train, eval_dataset=data.test,
@@ -97,7 +98,7 @@ def main(argv=None):
     if run_args.gradient_statistics_every:
         GradientStatistics(every=run_args.gradient_statistics_every).attach(trainer)
 
-    outcome = train(trainer, args.resume_from_checkpoint)
+    train(trainer, args.resume_from_checkpoint)
     metrics = evaluation_of(trainer.evaluate())
     logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
 
@@ -117,7 +118,7 @@ def main(argv=None):
             dataset=dataset_of(data_args.dataset_name, len(data.train), files, hub_source(data_args.dataset_name)),
             epochs=epochs_of(trainer.state.log_history),
             metrics=metrics,
-            seconds=outcome.metrics["train_runtime"],
+            seconds=clock.seconds,
             gradients=gradients_of(trainer.state.log_history),
         )
         if push:

@@ -18,15 +18,15 @@ import torch
 from agr_hf import unpickled
 from agr_hf.files import replaced_folder, write_text
 from agr_hf.hub.results import NUMBER, Table, check
-from agr_hf.integrations.accelerate import latest_state, numbered_checkpoints
+from agr_hf.integrations.accelerate import MANIFEST, latest_state, numbered_checkpoints
 from agr_hf.integrations.checkpoints import latest_checkpoint
 
 FOLDER = "training_state"
 # The index: the checkpoint's name, and of each pickle its own name.
 INDEX = "checkpoint.json"
 PICKLES = (".pt", ".pth", ".bin", ".pkl")
-# Trainer writes its arguments for the record and never reads them.
-LEFT_OUT = ("training_args.bin",)
+# Trainer writes its arguments for the record and never reads them; the names of files are of what was saved here.
+LEFT_OUT = ("training_args.bin", MANIFEST)
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 # Of Trainer's state, what it and the scripts compute with.
 STATE = Table(

@@ -7,7 +7,8 @@ def register() -> None:
     """Make the optimizers known by name to transformers' Trainer and, where it is installed, to timm.
 
     Afterwards `TrainingArguments(optim="agr_adamw")`, `--optim agr_adamw` in any script with HfArgumentParser, and
-    `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm lists names without underscores, and takes both. Call it
+    `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm lists names without underscores, and this function takes
+    both. Call it
     in every process that parses such names. May be called again: nothing is added twice.
 
     Raises:

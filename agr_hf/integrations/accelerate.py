@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from agr_hf.files import write_text
 from agr_hf.integrations.checkpoints import file_fault
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+# The names of a checkpoint's files: a copy of it may lack some.
+MANIFEST = "files.json"
 
 
 class Progress:
@@ -74,7 +79,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str]
     """`accelerator.save_state` into `checkpoint-{step}`, complete or not there at all; older ones than `keep` are removed.
 
     Every process calls it. The folder gets its name when every process has written; one that a kill left unfinished has
-    another name, and is removed by the next save.
+    another name, and is removed by the next save. Checkpoints of later steps, of a run that was resumed from before them,
+    are renamed to `abandoned-...`, so that "latest" is this run's.
     """
     output_dir = Path(output_dir)
     unfinished, finished = output_dir / f".unfinished-{step}", output_dir / f"checkpoint-{step}"
@@ -86,9 +92,17 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str]
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        files = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
+        write_text(unfinished / MANIFEST, json.dumps(files) + "\n")
         if finished.exists():
             shutil.rmtree(finished)
         os.replace(unfinished, finished)
+        for number, later in numbered_checkpoints(output_dir):
+            if number > step:
+                # Of a run that this one left behind when it was resumed from an older checkpoint.
+                aside = output_dir / f"abandoned-{later.name}-{time.time_ns()}"
+                os.replace(later, aside)
+                logger.warning("%s is of later steps than this run has made, and is kept as %s", later, aside)
         for _, old in sorted(numbered_checkpoints(output_dir), reverse=True)[keep:]:
             # Renamed first: a kill while files go must not leave a checkpoint with holes.
             gone = old.with_name(f".unfinished-{old.name}")
@@ -147,8 +161,10 @@ def state_fault(folder: Path) -> str | None:
             return f"{path.name} {fault}"
     if not list(folder.glob("random_states_*.pkl")):
         return "random_states_0.pkl is missing"
-    if not [*folder.glob("*model*")]:
-        return "model.safetensors is missing"
+    if (folder / MANIFEST).exists():
+        for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8")):
+            if not (folder / name).exists():
+                return f"{name} is missing"
     return None
 
 

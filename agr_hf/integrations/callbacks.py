@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -50,6 +51,7 @@ class SuspendAGR(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.suspended = self._to_log = False  # the same callback may be given to another training
         optimizer = unwrapped(kwargs["optimizer"])
         if not _groups_with_agr(optimizer):
             logger.warning("SuspendAGR: %s has no AGR to suspend", type(optimizer).__name__)
@@ -60,8 +62,9 @@ class SuspendAGR(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Half a step of slack: epochs are sums of step fractions, and 249.99999 is epoch 250.
-        slack = 0.5 * args.num_train_epochs / max(state.max_steps, 1)
-        if self.suspended or (state.epoch or 0.0) + slack < self.at_epoch:
+        epoch = state.epoch or 0.0
+        slack = 0.5 * epoch / max(state.global_step, 1)
+        if self.suspended or epoch + slack < self.at_epoch:
             return
         optimizer = unwrapped(kwargs["optimizer"])
         active = [group for group in _groups_with_agr(optimizer) if any(agr_flags(group))]
@@ -180,6 +183,37 @@ def _log_overall(
         if not key.startswith("gradients/") or key.startswith("gradients/overall/")
     }
     return on_log(args, state, control, logs=shown, **kwargs)
+
+
+class TrainingTime(TrainerCallback):
+    """Seconds of training, of all parts of a run that was stopped and resumed.
+
+    They are `.seconds` after the training, and in the entries of the log until then. What a part took after the last entry
+    of its last checkpoint is not known.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._before, self._started, self._first_step = 0.0, 0.0, 0
+        self._training = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._started, self._first_step = time.perf_counter(), state.global_step
+        self._training = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._training and state.log_history:
+            state.log_history[-1]["seconds"] = self._before + time.perf_counter() - self._started
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        made = state.global_step > self._first_step
+        self.seconds = self._before + (time.perf_counter() - self._started if made else 0.0)
+        self._training = False
 
 
 class SaveOptimizerState(TrainerCallback):

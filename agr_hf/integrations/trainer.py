@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import resolve_checkpoint
@@ -104,16 +105,17 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
     checkpoint = resolve_checkpoint(resume_from_checkpoint, trainer.args.output_dir)
     if checkpoint is None:
         return trainer.train()
-    callback, args = _load_weights_callback(checkpoint), trainer.args
-    steps, epochs = args.max_steps, args.num_train_epochs
-    if 0 < steps <= _steps_of(checkpoint):
-        args.max_steps, args.num_train_epochs = -1, 0  # it looks for the end only behind a step, but not in no epoch
+    callback = _load_weights_callback(checkpoint)
+    get_loader = trainer.get_train_dataloader
+    if 0 < trainer.args.max_steps <= _steps_of(checkpoint):
+        # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
+        trainer.get_train_dataloader = lambda: DataLoader([])  # type: ignore[method-assign, arg-type]
     trainer.add_callback(callback)
     try:
         return trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.remove_callback(callback)
-        args.max_steps, args.num_train_epochs = steps, epochs
+        trainer.get_train_dataloader = get_loader  # type: ignore[method-assign]
 
 
 def _steps_of(checkpoint: str) -> int:

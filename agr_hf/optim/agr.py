@@ -122,7 +122,8 @@ class AGRAdamW(_AGRAdam):
         second_moment: "raw" feeds g^2 to the second moment (the paper, default), "regularized" Psi(g)^2 (the authors'
             code).
         max_grad_norm: clip the global l2 norm of all gradients of this optimizer to it before anything else, as
-            `torch.nn.utils.clip_grad_norm_` does, without touching `.grad`. Default None.
+            `torch.nn.utils.clip_grad_norm_` does, without touching `.grad`. Under ZeroRedundancyOptimizer that is each
+            process's share of them: clip outside there. Default None.
         foreach: None takes the fastest of the device (CPU: cache-sized blocks through torch's fused kernel; CUDA:
             multi-tensor). True works on all tensors at once, False on one at a time. Default None.
         fused: True insists on the one-pass kernel (CPU), False forbids it. Default None.
@@ -316,12 +317,13 @@ def attach_agr(optimizer: torch.optim.Optimizer, *, min_ndim: int = 2, steps: in
         optimizer = inner  # accelerate's wrapper never runs its own hooks
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"attach_agr takes a torch.optim.Optimizer, but {type(optimizer).__name__} was given")
-    if isinstance(optimizer, StepOptimizer) and "agr" in optimizer.defaults:
+    base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead
+    if isinstance(base, StepOptimizer) and "agr" in base.defaults:
         raise TypeError(
-            f"{type(optimizer).__name__} applies AGR itself; attaching it again would apply Psi twice. Use its own "
+            f"{type(base).__name__} applies AGR itself; attaching it again would apply Psi twice. Use its own "
             "options agr, agr_steps and min_ndim"
         )
-    if optimizer in _ATTACHED:
+    if optimizer in _ATTACHED or base in _ATTACHED:
         raise RuntimeError(
             f"AGR is attached to this {type(optimizer).__name__} already; call .remove() on the handle of the first time"
         )

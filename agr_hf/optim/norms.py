@@ -59,6 +59,33 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor, whole or a DTensor, laid over the ranks as `like` is. Every rank calls it, with the same whole.
+
+    Raises:
+        RuntimeError: this torch cannot lay it so.
+    """
+    if not is_dtensor(like):
+        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = like.device_mesh, tuple(like.placements)  # type: ignore[attr-defined]
+    if is_dtensor(tensor):
+        if tensor.device_mesh == mesh and tuple(tensor.placements) == placements:  # type: ignore[attr-defined]
+            return tensor
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    whole = DTensor.from_local(tensor.to(local(like).device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    laid = whole.redistribute(mesh, placements)
+    # torch 2.9 mistakes the shards of FSDP over tensor parallelism for plain ones.
+    strided = any(type(placement).__name__ == "_StridedShard" for placement in placements)
+    if strided and not torch.allclose(laid.full_tensor(), tensor.to(laid.device), rtol=0, atol=0, equal_nan=True):
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot lay a whole tensor over {placements}; load a state that was saved of the "
+            "same shards (torch.distributed.checkpoint does so), or take a newer torch"
+        )
+    return laid
+
+
 def reduced(grad: Tensor, like: Tensor | None = None) -> Tensor:
     """A DTensor gradient with every Partial placement summed, laid out as `like` where that is given."""
     if not is_dtensor(grad):

@@ -16,7 +16,7 @@ from torch import Tensor
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.hyperparameters import check_group, with_plain_numbers
 from agr_hf.optim.layout import Layout
-from agr_hf.optim.norms import is_dtensor, local, reduced
+from agr_hf.optim.norms import is_dtensor, local, placed_like, reduced
 from agr_hf.optim.reduction import reduce_norms
 from agr_hf.optim.work import Batch, Work, batches
 
@@ -25,7 +25,7 @@ IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
 # Keys of torch's optimizers that mean nothing here, and would mislead a torch optimizer that loads our state later.
 FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay")
 # What an optimizer may find in the state of a relative and need not understand: Adan takes AGRAdan's.
-HARMLESS_STATE = ("pre_l1_norm",)
+HARMLESS_STATE = ("pre_l1_norm", "lookahead_slow_buff")
 
 
 class StepOptimizer(torch.optim.Optimizer):
@@ -157,6 +157,8 @@ class StepOptimizer(torch.optim.Optimizer):
     def _check_gradients(self) -> None:
         """Before anything changes: a refused step must not count as made."""
         for group in self.param_groups:
+            if "agr" in self.defaults:
+                agr_flags(group)  # refuses a list of another length
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None and grad.layout != torch.strided:
@@ -250,6 +252,8 @@ class StepOptimizer(torch.optim.Optimizer):
         file does not know (a state saved by torch.optim.AdamW has no `agr`) keep this optimizer's values, and so do
         `foreach`, `fused` and `capturable`, which say how and not what to compute.
 
+        Tensors may be whole or DTensors, and are laid over the processes as the parameters are; all processes call it.
+
         Args:
             state_dict: what `state_dict()` returned. It is copied, and never changed by later steps.
 
@@ -320,7 +324,7 @@ class StepOptimizer(torch.optim.Optimizer):
         device = local(param).device
         dtype = torch.promote_types(param.dtype, torch.float32)
         for key in self.state_keys:
-            state[key] = saved[key].to(device=device, dtype=dtype, copy=True)
+            state[key] = placed_like(saved[key], param).to(device=device, dtype=dtype, copy=True)
         for key, first in self.scalar_state.items():
             value = saved.get(key, first)
             state[key] = torch.as_tensor(value, dtype=torch.float64).to(device, copy=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from agr_hf.files import replaced_file
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics, unwrapped
 from agr_hf.tasks.digits import load_digits
-from agr_hf.tasks.images import SOURCES
+from agr_hf.tasks.images import SOURCES, eight_bits
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,8 @@ def sample_images(
         if index % processes != process:
             # Another process's batch: its noise is drawn, and thrown away, so that each batch has noise of its own.
             config: Any = unet.config
-            shape = (n, config["in_channels"], config["sample_size"], config["sample_size"])
+            size = config["sample_size"]
+            shape = (n, config["in_channels"], *(size if isinstance(size, (tuple, list)) else (size, size)))
             torch.randn(shape, generator=generator, dtype=pipeline.unet.dtype)
             continue
         # (n, size, size, channels) of numpy, which every supported diffusers returns.
@@ -337,6 +338,8 @@ def load_images(
         )
     if size is not None and size < 1:
         raise ValueError(f"size={size} is not allowed; it must be at least 1, or None for the images' own")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images={max_images} is not allowed; it must be at least 1, or None for all")
     source = os.fspath(source)
     images: list[Tensor] = []
     broken = []
@@ -346,7 +349,7 @@ def load_images(
             break
         try:
             picture = _decoded(content, size, channels)
-        except (OSError, SyntaxError, OverflowError, TypeError) as error:
+        except (OSError, SyntaxError, OverflowError, TypeError, ValueError) as error:
             broken.append(f"{name} ({type(error).__name__})")
             continue
         if not images:
@@ -450,7 +453,7 @@ def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
         opened = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
     with opened as picture:
         grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "I", "I;16", "F", "LA"))
-        picture = picture.convert("L" if grey else "RGB")
+        picture = eight_bits(picture).convert("L" if grey else "RGB")
         if size is not None and picture.size != (size, size):
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(numpy.array(picture))

@@ -188,6 +188,23 @@ def _own_size(rows: Any) -> int:
     return width if width == height <= 224 else 224
 
 
+def eight_bits(picture: Any) -> Any:
+    """A PIL image of 16-bit or float grey values (PNG, TIFF) with them from 0 to 255; PIL alone would clip them."""
+    import numpy
+    from PIL import Image
+
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = numpy.asarray(picture).astype(numpy.float64)
+    if picture.mode == "F":
+        if not (numpy.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError("float grey values must lie between 0 and 1")
+        return Image.fromarray((values * 255).round().astype(numpy.uint8))
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("integer grey values must lie between 0 and 65535")
+    return Image.fromarray((values / 257).round().astype(numpy.uint8))
+
+
 def _digits(augmentation: str, max_train: int | None, max_test: int | None) -> ImageData:
     splits = load_digits()
     images = {n: ((s.pixel_values + 1) * 127.5).round().to(torch.uint8) for n, s in splits.items()}
@@ -287,7 +304,7 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
         try:
             content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
             with Image.open(io.BytesIO(content)) as file:
-                picture = file.convert("L" if channels == 1 else "RGB")
+                picture = eight_bits(file).convert("L" if channels == 1 else "RGB")
                 if picture.size != (size, size):
                     picture = picture.resize((size, size), Image.Resampling.BILINEAR)
                 array = numpy.asarray(picture)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load
 
 from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
@@ -74,6 +75,43 @@ def test_a_broken_checkpoint_is_passed_over_for_the_last_good_one(damage, tmp_pa
     resumed = loop(tmp_path, *options, "--resume_from_checkpoint", "latest")
     assert f"{last} is passed over: " in caplog.text
     assert_same_bits(whole, resumed)
+
+
+def test_a_run_resumed_from_an_older_checkpoint_keeps_its_own(tmp_path, caplog):
+    accelerator = Accelerator(cpu=True)
+    param = torch.nn.Linear(2, 2)
+    accelerator.prepare(param)
+    for step in (100, 200, 300):
+        save_checkpoint(accelerator, tmp_path, step, keep=3)
+    assert load_checkpoint(accelerator, str(tmp_path / "checkpoint-100"), tmp_path)
+    save_checkpoint(accelerator, tmp_path, 150, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-150"]
+    assert len(list(tmp_path.glob("abandoned-checkpoint-[23]00-*"))) == 2  # nothing is lost
+    assert "is of later steps than this run has made" in caplog.text
+
+
+def test_models_saved_by_a_hook_of_the_user_count_as_complete_and_missing_files_do_not(tmp_path):
+    """As diffusers' examples do."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(2, 2))
+
+    def save(models, weights, folder):
+        torch.save(models[0].state_dict(), f"{folder}/unet.pt")
+        weights.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    save_checkpoint(accelerator, tmp_path, 1)
+    assert load_checkpoint(accelerator, "latest", tmp_path)
+    (tmp_path / "checkpoint-1/unet.pt").unlink()
+    with pytest.raises(ValueError, match=r"cannot resume from .*: unet.pt is missing"):
+        load_checkpoint(accelerator, str(tmp_path / "checkpoint-1"), tmp_path)
+    assert not load_checkpoint(accelerator, "latest", tmp_path)
+
+
+def test_a_loop_resumed_behind_the_last_batch_of_an_epoch_goes_on(tmp_path):
+    whole = loop(tmp_path, "--save_steps", 16)  # of 16 an epoch
+    assert_same_bits(whole, loop(tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-16"))
 
 
 def test_a_failing_save_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import TrainerCallback
 
 import agr_hf
 from agr_hf import AdaL, AGRAdamW, agr_param_groups, attach_agr, create_optimizer
-from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR
+from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR, TrainingTime
+from agr_hf.integrations.trainer import train
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
@@ -82,6 +84,42 @@ def test_suspension_reaches_psi_attached_to_groups_that_do_not_know_agr(tmp_path
 
     assert same_bits(trained(True, [SuspendAGR(at_epoch=0)]), trained(False, []))
     assert not same_bits(trained(True, []), trained(False, []))
+
+
+def test_the_same_callback_suspends_in_the_next_training_too(tmp_path):
+    flags = Flags()
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=12)  # eight steps an epoch
+    trainer = trainer_of(small_model(), args, callbacks=[SuspendAGR(at_epoch=1), flags])
+    for _ in range(2):
+        flags.on.clear()
+        trainer.optimizer = None
+        trainer.train()
+        assert flags.on == [True] * 8 + [False] * 4
+
+
+@pytest.mark.parametrize(("at_epoch", "steps"), [(0.25, 2), (0.5, 4), (1.5, 12), (0.3, 2), (0.33, 3)])
+def test_half_a_step_is_one_of_this_run_and_not_of_trainers_three_epochs(at_epoch, steps, tmp_path):
+    flags = Flags()
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=13)
+    trainer_of(small_model(), args, callbacks=[SuspendAGR(at_epoch=at_epoch), flags]).train()
+    assert flags.on == [True] * steps + [False] * (13 - steps)
+
+
+def test_seconds_are_those_of_all_parts_of_a_run(tmp_path):
+    def trained(resume, **options):
+        clock = TrainingTime()
+        args = arguments(tmp_path, save_strategy="steps", save_steps=4, logging_steps=1, **options)
+        train(trainer_of(small_model(), args, callbacks=[clock, Slow()]), resume)
+        return clock.seconds
+
+    class Slow(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            time.sleep(0.05)
+
+    first = trained(None, max_steps=8)
+    assert first >= 0.4
+    assert trained("latest", max_steps=8) == pytest.approx(first, rel=0.2)  # made no step
+    assert trained("latest", max_steps=12) >= first * 0.8 + 0.2
 
 
 def test_a_suspension_that_never_comes_is_said(tmp_path, caplog):

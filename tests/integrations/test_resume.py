@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from small import arguments, same_bits, small_model, trainer_of
+from small import arguments, same_bits, small_data, small_model, trainer_of
 
 import agr_hf
 from agr_hf import AGRAdamW, agr_param_groups, create_optimizer, list_optimizers
@@ -238,6 +238,27 @@ def test_a_finished_run_takes_no_step_more(tmp_path):
     assert same_bits(model, again)
     fresh = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", max_steps=1))
     assert train(fresh, resume_from_checkpoint=False).global_step == 1
+
+
+@pytest.mark.parametrize("schedule", ["polynomial", "cosine", "linear"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_finished_run_is_left_alone_whatever_its_schedule_and_data(stream, schedule, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(small_data())
+
+    data = Stream() if stream else small_data()
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": schedule}
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=3, **options)
+    model = small_model()
+    train(trainer_of(model, args, train_dataset=data))
+    again = small_model()
+    trainer = trainer_of(again, args, train_dataset=data)
+    assert train(trainer, "latest").global_step == 3
+    assert same_bits(model, again)
+    assert trainer.state.max_steps == 3
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=5, **options)
+    assert train(trainer_of(small_model(), args, train_dataset=data), "latest").global_step == 5
 
 
 def test_a_state_of_other_groups_is_refused_with_a_way_out():

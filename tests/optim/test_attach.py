@@ -142,3 +142,12 @@ def test_attaching_twice_is_refused_and_again_after_removal_is_not():
         attach_agr(optimizer)
     handle.remove()
     attach_agr(optimizer)
+
+
+def test_psi_is_not_put_on_psi_through_lookahead():
+    timm_optim = pytest.importorskip("timm.optim", reason="timm is missing: pip install 'agr-hf[train]'")
+    param = torch.nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(TypeError, match="AGRAdamW applies AGR itself"):
+        attach_agr(timm_optim.Lookahead(AGRAdamW([param])))
+    handle = attach_agr(timm_optim.Lookahead(torch.optim.SGD([param], lr=0.1)))
+    handle.remove()

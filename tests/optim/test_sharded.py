@@ -1,11 +1,14 @@
 """Two processes on the CPU (gloo): a sharded tensor gets the answer of the whole one."""
 
+import tempfile
+
 import pytest
 import torch
 import torch.distributed as dist
 from oracle import OURS, WITH_AGR, gradients, initial
 
 from agr_hf import agr, attach_agr, l1_norms
+from agr_hf.integrations.checkpoints import load_optimizer, save_optimizer
 from agr_hf.optim.registry import OPTIMIZERS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
@@ -129,6 +132,52 @@ def check_fsdp2():
         torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-12, atol=1e-12)
 
 
+def laid(tensor, mesh, kind):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = {"rows": Shard(0), "columns": Shard(1), "replicas": Replicate()}
+    return tensor.clone() if kind == "whole" else distribute_tensor(tensor.clone(), mesh, [placements[kind]])
+
+
+def check_states_laid_otherwise():
+    """A state saved of shards goes on with any other shards, or with none, and one saved whole with shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    theta, *grads = (torch.randn(5, 7, dtype=torch.float64) for _ in range(4))
+    kinds = ("whole", "rows", "columns", "replicas")
+
+    def made(cls, kind, start):
+        param = torch.nn.Parameter(laid(start, mesh, kind))
+        return param, cls([param], lr=1e-2)
+
+    def steps(param, optimizer, kind, some):
+        for grad in some:
+            param.grad = laid(grad, mesh, kind)
+            optimizer.step()
+        return param.detach().full_tensor() if kind != "whole" else param.detach()
+
+    for name in OURS:
+        cls = OPTIMIZERS[name].cls
+        param, optimizer = made(cls, "whole", theta)
+        expected = steps(param, optimizer, "whole", grads)
+        for saved in kinds:
+            param, optimizer = made(cls, saved, theta)
+            middle = steps(param, optimizer, saved, grads[:2])
+            with tempfile.TemporaryDirectory() as folder:
+                save_optimizer(optimizer, folder)
+                for loaded in kinds:
+                    for from_files in (False, True):
+                        param, other = made(cls, loaded, middle)
+                        if from_files:
+                            load_optimizer(other, folder)
+                        else:
+                            other.load_state_dict(optimizer.state_dict())
+                        ended = steps(param, other, loaded, grads[2:])
+                        torch.testing.assert_close(ended, expected, rtol=1e-12, atol=1e-12)
+
+
 def check_meshes_of_other_ranks():
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -151,7 +200,15 @@ def check_meshes_of_other_ranks():
 
 
 @pytest.mark.parametrize(
-    "check", [check_meshes_of_other_ranks, check_norms_and_psi, check_steps, check_attached, check_fsdp2]
+    "check",
+    [
+        check_meshes_of_other_ranks,
+        check_states_laid_otherwise,
+        check_norms_and_psi,
+        check_steps,
+        check_attached,
+        check_fsdp2,
+    ],
 )
 def test_sharded_equals_whole(check, tmp_path):
     spawn(check, tmp_path)
