@@ -28,6 +28,7 @@ from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
 from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, refuse_used, run_main, write_results
+from agr_hf.tasks.unlabelled_images import load_images
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -130,7 +131,7 @@ def main(argv=None):
     set_seed(args.seed)
     # One process fetches, the others find it in the cache.
     with accelerator.main_process_first():
-        images = diffusion.load_images(
+        images = load_images(
             args.train_data or args.dataset_name,
             size=args.resolution,
             revision=args.dataset_revision,

@@ -15,7 +15,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agr_hf.files import write_text
-from agr_hf.integrations.checkpoints import file_fault
+from agr_hf.integrations.checkpoints import folder_fault
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -153,12 +153,9 @@ def latest_state(output_dir: str | os.PathLike[str]) -> Path | None:
 
 def state_fault(folder: Path) -> str | None:
     """What keeps `accelerator.load_state` from loading a folder, as a sentence, or None. Nothing is unpickled."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    for path in sorted(folder.iterdir()):
-        fault = file_fault(path)
-        if fault:
-            return f"{path.name} {fault}"
+    fault = folder_fault(folder)
+    if fault:
+        return fault
     if not list(folder.glob("random_states_*.pkl")):
         return "random_states_0.pkl is missing"
     if (folder / MANIFEST).exists():

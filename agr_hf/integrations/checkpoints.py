@@ -77,12 +77,9 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     by parsing. Nothing is unpickled.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        return "there is no such folder"
-    for path in sorted(folder.iterdir()):
-        fault = file_fault(path)
-        if fault:
-            return f"{path.name} {fault}"
+    fault = folder_fault(folder)
+    if fault:
+        return fault
     state = folder / "trainer_state.json"  # Trainer writes it last
     if not state.exists():
         return "trainer_state.json is missing"
@@ -121,6 +118,17 @@ def shards_of(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index.name} is no index of weights") from None
+
+
+def folder_fault(folder: Path) -> str | None:
+    """The first fault among the files of a folder, as a sentence, or None."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    for path in sorted(folder.iterdir()):
+        fault = file_fault(path)
+        if fault:
+            return f"{path.name} {fault}"
+    return None
 
 
 def file_fault(path: Path) -> str | None:

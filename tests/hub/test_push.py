@@ -302,7 +302,7 @@ def test_secrets_of_the_environment_and_paths_of_the_machine_stay_here(hub, tmp_
 
 def test_what_is_no_part_of_a_model_is_not_published(hub, tmp_path):
     run = made_up(tmp_path / "run")
-    (run / "log.txt").write_text("saved to /home/alice/runs")
+    (run / "log.txt").write_text("saved to /srv/alice/runs")
     (run / ".env").write_text("x")
     checkpoint = run / "checkpoint-5"
     (checkpoint / "trainer_state.json").write_text("{}")

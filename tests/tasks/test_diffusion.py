@@ -17,11 +17,11 @@ from agr_hf.tasks.diffusion import (
     batch_generator,
     ddpm_loss,
     ddpm_scheduler,
-    load_images,
     make_unet,
     sample_images,
     write_grid,
 )
+from agr_hf.tasks.unlabelled_images import load_images
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image as Picture
 
-from agr_hf.tasks import diffusion
+from agr_hf.tasks import unlabelled_images
 from agr_hf.tasks.classifiers import ALIASES, SMALL_STEMS, architecture, classifier, parameter_count
 from agr_hf.tasks.images import SOURCES, load_images, top_k_accuracy, transform_of
 from agr_hf.tasks.recipes import IMAGE_RECIPES
@@ -57,14 +57,14 @@ def test_own_images_keep_their_size_where_a_network_can_take_it(shape, size, tmp
     assert load_images("cifar10", *paths).size == 32
 
 
-@pytest.mark.parametrize("loader", ["images", "diffusion"])
+@pytest.mark.parametrize("loader", ["images", "unlabelled"])
 def test_grey_values_of_16_bits_are_scaled_and_not_clipped(loader, tmp_path):
     values = numpy.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(numpy.uint16)
     path = tmp_path / "pictures" / "grey.png"
     path.parent.mkdir()
     Picture.fromarray(values).save(path)
-    if loader == "diffusion":
-        pixels = diffusion.load_images(path.parent)[0, 0]
+    if loader == "unlabelled":
+        pixels = unlabelled_images.load_images(path.parent)[0, 0]
     else:
         rows = [({"bytes": path.read_bytes(), "path": None}, 0)]
         pixels = load_images("mnist", *files(tmp_path, rows), size=16).train.images[0, 0]

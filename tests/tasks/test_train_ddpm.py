@@ -11,7 +11,8 @@ from safetensors.torch import load
 
 from agr_hf import list_optimizers
 from agr_hf.tasks import frechet
-from agr_hf.tasks.diffusion import load_images, sample_images
+from agr_hf.tasks.diffusion import sample_images
+from agr_hf.tasks.unlabelled_images import load_images
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts/train_ddpm.py"
 SHORT = ["--num_grid_samples", 1, "--ddpm_num_inference_steps", 1, "--num_eval_samples", 0, "--lr_warmup_steps", 2]

@@ -1,0 +1,176 @@
+"""Images without labels, for models that draw them: from files, folders, parquet, the Hub, or scikit-learn's digits."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.tasks.digits import load_digits
+from agr_hf.tasks.images import SOURCES, eight_bits
+
+logger = logging.getLogger(__name__)
+
+IMAGE_FILES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def load_images(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    size: int | None = None,
+    channels: int | None = None,
+    revision: str | None = None,
+    max_images: int | None = None,
+) -> Tensor:
+    """Images without labels, decoded once into memory (CIFAR-10: 154 MB).
+
+    Args:
+        source: "digits" (scikit-learn's 1,797, no network), a .parquet file with a column of encoded images (`image`,
+            `img`, or the first one of bytes), a folder with images at any depth, a name in `agr_hf.tasks.images.SOURCES`
+            ("cifar10": uoft-cs/cifar10, pinned to a revision), or any other Hub id.
+        split: of a Hub data set.
+        size: height and width; other images are cut to their central square and resized. Default: that of the first
+            image, whose height and width must then be equal.
+        channels: 1 (grey) or 3 (RGB). Default: that of the first image.
+        revision: of a Hub id. Default: the pinned one of a name in SOURCES, or the newest.
+        max_images: take the first ones only.
+
+    Returns:
+        (n, channels, size, size), uint8. Files that are no images are left out, counted and named in a warning.
+
+    Raises:
+        ValueError: nothing is there, nothing can be decoded, there is no network; the message says what to pass.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(
+            f"channels={channels!r} is not allowed; it must be 1 (grey) or 3 (RGB), or None for the images' own"
+        )
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} is not allowed; it must be at least 1, or None for the images' own")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images={max_images} is not allowed; it must be at least 1, or None for all")
+    source = os.fspath(source)
+    images: list[Tensor] = []
+    broken = []
+    rows = _encoded(source, split, revision)
+    for name, content in rows:
+        if max_images is not None and len(images) == max_images:
+            break
+        try:
+            picture = _decoded(content, size, channels)
+        except (OSError, SyntaxError, OverflowError, TypeError, ValueError) as error:
+            broken.append(f"{name} ({type(error).__name__})")
+            continue
+        if not images:
+            channels, height, width = picture.shape
+            if height != width:
+                raise ValueError(f"{name} of {source} is {width}x{height} and not square; pass size (--resolution)")
+            size = height
+        images.append(picture)
+    if broken:
+        logger.warning(
+            "%d of %d images of %s cannot be read and are left out: %s",
+            len(broken),
+            len(broken) + len(images),
+            source,
+            ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else ""),
+        )
+    if not images:
+        raise ValueError(f"{source} has no image that can be read; pass another file, folder or Hub id, or 'digits'")
+    return torch.stack(images)
+
+
+def _encoded(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    """Names and encoded bytes (or tensors) of the images of a source."""
+    path = Path(source)
+    if source == "digits":
+        for name, part in load_digits().items():
+            pixels = ((part.pixel_values + 1) * 127.5).round().to(torch.uint8)
+            yield from ((f"{name} {i}", image) for i, image in enumerate(pixels))
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+        yield from ((file.relative_to(path).as_posix(), file) for file in files)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    else:
+        yield from _hub_rows(source, split, revision)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"{path} cannot be read as a parquet file: {error}") from error
+    with file:
+        schema = file.schema_arrow
+
+        def has_bytes(kind: Any) -> bool:
+            if pyarrow.types.is_struct(kind):
+                return kind.get_field_index("bytes") >= 0
+            return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+        column = next(
+            (n for n in ("image", "img", *schema.names) if n in schema.names and has_bytes(schema.field(n).type)), None
+        )
+        if column is None:
+            raise ValueError(
+                f"{path} has no column of encoded images (bytes, or a struct with bytes); its columns are "
+                f"{', '.join(schema.names)}"
+            )
+        row = 0
+        for batch in file.iter_batches(batch_size=1000, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield f"row {row}", value["bytes"] if isinstance(value, dict) else value
+                row += 1
+
+
+def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    known = SOURCES.get(source)
+    hub_id = known.hub_id if known else source
+    revision = revision or (known.revision if known else None)
+    try:
+        rows = datasets.load_dataset(hub_id, split=split, revision=revision)
+    except Exception as error:  # whatever datasets, the Hub's client or the network raise
+        raise ValueError(
+            f"the images {source!r} cannot be had: there is no such file or folder, and the Hub answers: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]} Without a network, pass --train_data with a parquet "
+            "file or a folder of images, or --dataset_name digits"
+        ) from error
+    column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise ValueError(
+            f"the data set {source!r} has no column of images; its columns are {', '.join(rows.column_names)}"
+        )
+    for i, row in enumerate(rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))):
+        yield f"row {i}", row[column]["bytes"] or Path(row[column]["path"])
+
+
+def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
+    """(channels, size, size), uint8, of a tensor, bytes or a file."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    if isinstance(content, Tensor):
+        content = content[0].numpy()
+        opened: Any = Image.fromarray(content)
+    else:
+        opened = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
+    with opened as picture:
+        grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "I", "I;16", "F", "LA"))
+        picture = eight_bits(picture).convert("L" if grey else "RGB")
+        if size is not None and picture.size != (size, size):
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(numpy.array(picture))
+    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
