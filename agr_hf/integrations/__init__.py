@@ -8,8 +8,7 @@ def register() -> None:
 
     Afterwards `TrainingArguments(optim="agr_adamw")`, `--optim agr_adamw` in any script with HfArgumentParser, and
     `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm lists names without underscores, and this function takes
-    both. Call it
-    in every process that parses such names. May be called again: nothing is added twice.
+    both. Call it in every process that parses such names. May be called again: nothing is added twice.
 
     Raises:
         RuntimeError: this version of transformers or timm has no place for it; the message names the public route.

@@ -18,7 +18,7 @@ class AdaL(StepOptimizer):
     `g^ = ||g||_1 g` for each tensor, biases too ("parameters in one layer share the same coefficient"), then Adam with
     bias correction. The step is `m^ / (sqrt(v^) + eps)`: the printed `v^-1/2 + eps` is infinite at v = 0. g^ is of
     degree 2 in the gradient, so loss scales must be taken out first (torch's GradScaler does). State keys are those of
-    `torch.optim.Adam`.
+    `torch.optim.Adam`, but the moments are of another scale: a state of Adam is refused, and AdaL's by the others.
 
     Args:
         params: parameters, or groups.

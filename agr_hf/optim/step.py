@@ -24,6 +24,9 @@ from agr_hf.optim.work import Batch, Work, batches
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
 # Keys of torch's optimizers that mean nothing here, and would mislead a torch optimizer that loads our state later.
 FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay")
+# A key of AdaL's groups alone: its moments are of gradients multiplied by their norm, under the same names as Adam's.
+ADAL_KEY = "decoupled"
+TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What an optimizer may find in the state of a relative and need not understand: Adan takes AGRAdan's.
 HARMLESS_STATE = ("pre_l1_norm", "lookahead_slow_buff")
 
@@ -91,11 +94,11 @@ class StepOptimizer(torch.optim.Optimizer):
                 + (f" (only on {', '.join(self.fused_devices)})" if self.fused_devices else "")
                 + "; leave fused=None for the fastest step there is"
             )
-        if not param.is_floating_point():
+        if param.dtype not in TRAINABLE:
             raise ValueError(
-                f"{name} trains real floating-point parameters, but one of dtype {param.dtype} and shape "
-                f"{tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
-                "integer (quantized) parameters out"
+                f"{name} trains parameters of float16, bfloat16, float32 and float64, but one of dtype {param.dtype} and "
+                f"shape {tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
+                "quantized ones (integers, float8) out"
             )
         if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
             raise ValueError(
@@ -293,6 +296,13 @@ class StepOptimizer(torch.optim.Optimizer):
         if any(len(group.get("betas", ())) != self.betas_count for group in given["param_groups"]):
             raise ValueError(
                 f"this state was saved by another optimizer: {name} has {self.betas_count} betas; start {name} afresh"
+            )
+        if given["state"] and any(
+            (ADAL_KEY in group) != (ADAL_KEY in self.defaults) for group in given["param_groups"]
+        ):
+            raise ValueError(
+                "this state was saved by another optimizer: AdaL's moments are of gradients multiplied by their layer's l1 "
+                f"norm, and with moments of another scale training would stand still or leap; start {name} afresh"
             )
         sizes = [[len(group["params"]) for group in groups] for groups in (given["param_groups"], self.param_groups)]
         if sizes[0] != sizes[1]:

@@ -101,9 +101,10 @@ def test_foreach_and_fused_exclude_each_other(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_integer_parameters_are_refused(name):
-    with pytest.raises(ValueError, match="int8"):
-        OPTIMIZERS[name].cls([torch.zeros(2, dtype=torch.int8)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantized_parameters_are_refused(name, dtype):
+    with pytest.raises(ValueError, match=f"{dtype}.*leave quantized ones"):
+        OPTIMIZERS[name].cls([torch.zeros(2, dtype=dtype)])
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -166,6 +166,8 @@ def test_load_hooks_of_users_are_heard():
         (Adan, AGRAdamW),  # its keys are all there, its betas are three
         (AGRAdamW, NosAdam),
         (NosAdam, AGRAdam),
+        (AdaL, AGRAdamW),  # the same keys, of gradients of another scale
+        (torch.optim.Adam, AdaL),
     ],
 )
 def test_a_state_of_another_kind_is_refused_before_anything_changes(saved, loading):
