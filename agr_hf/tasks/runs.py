@@ -91,7 +91,7 @@ def write_results(
 def run_main(main: Callable[[], Any]) -> None:
     """Run a script's `main`: what the package or the script itself refuses is said in a sentence, without a traceback.
 
-    Errors that come from elsewhere keep theirs.
+    Errors that come from elsewhere keep theirs. Processes of a launcher take their leave of each other, as NCCL asks for.
 
     Raises:
         SystemExit: something was refused.
@@ -107,6 +107,10 @@ def run_main(main: Callable[[], Any]) -> None:
         if place.resolve() == script.resolve() or place.resolve().is_relative_to(Path(__file__).resolve().parents[1]):
             raise SystemExit(f"{script.name}: {error}") from None
         raise
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def refuse_used(output_dir: str | os.PathLike[str], resume: str | None) -> None:

@@ -57,3 +57,13 @@ def test_an_error_from_elsewhere_keeps_its_traceback():
         run_main(lambda: Path("/").joinpath(1))
     with pytest.raises(SystemExit, match=r"test_runs.py: int\(\) base must be"):
         run_main(main)
+
+
+def test_processes_leave_their_group(tmp_path):
+    from torch import distributed
+
+    def main():
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+
+    run_main(main)
+    assert not distributed.is_initialized()
