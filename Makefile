@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint test-oldest test-slow test-gpu bench clean
+.PHONY: demo test lint test-oldest test-slow test-gpu bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
@@ -29,6 +29,11 @@ test-gpu: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py
 
+# The API's pages, from the docstrings, into site/.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/pdoc --output-directory site agr_hf $(addprefix agr_hf.,optim integrations tasks hub experiments)
+
 # Installed again whenever the requirements change. The stamp is written last: an interrupted installation is resumed.
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -39,4 +44,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info demo-output
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info demo-output

@@ -153,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:
-        print(f"agr-hf: {error.name} is not installed; install it with: pip install 'agr-hf[train]'", file=sys.stderr)
+        hint = "install it, or all that the experiments need, in a checkout of agr_hf: pip install '.[train]'"
+        print(f"agr-hf: {error.name} is not installed; {hint}", file=sys.stderr)
         return 1
     except (OSError, ValueError, RuntimeError) as error:
         print(f"agr-hf: {error}", file=sys.stderr)

@@ -24,11 +24,13 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if hasattr(value, "full_tensor"):
             value = value.full_tensor()
+        name = _free(name, tensors)
         tensors[name] = value.detach().cpu().contiguous().clone()  # one storage may be in several places
         return {"tensor": name}
     if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if not value.ndim:
             return encode(value.item(), name, tensors)
+        name = _free(name, tensors)
         tensors[name] = torch.from_numpy(value.copy())
         return {"array": name}
     if isinstance(value, dict):
@@ -41,6 +43,11 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{name} is a {type(value).__name__}, which cannot be written without pickle")
+
+
+def _free(name: str, tensors: dict[str, Tensor]) -> str:
+    """The name, or another one where it is taken: the keys "a.b" and "a" with "b" in it give the same."""
+    return f"{name}#{len(tensors)}" if name in tensors else name
 
 
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -2,9 +2,10 @@
 
     python benchmarks/step.py [--millions 100] [--rounds 15] [--threads 2] [--device cpu] [--out FILE]
 
-Every variant owns its parameters, gradients and state. Rounds are interleaved, each variant once a round, and the table
-gives medians and their ratios to torch's fused AdamW of the same rounds. Memory is what a step adds at its peak to what
-was there before it: on the CPU the resident set's high-water mark (Linux), on CUDA the allocator's.
+Every variant owns its parameters, gradients and state. It is timed together with a reference, steps of the two alternating,
+and the table gives medians and the median ratio of the rounds: to torch's fused AdamW, and where there is a budget against
+something else, to that in rounds of their own. Memory is what a step adds at its peak to what was there before it: on the
+CPU the resident set's high-water mark (Linux), on CUDA the allocator's.
 """
 
 import argparse
@@ -15,13 +16,20 @@ import sys
 import time
 from pathlib import Path
 
+import timm
 import torch
 
 from agr_hf import AdaL, Adan, AGRAdamW, AGRAdan
 from agr_hf.environment import environment
 from agr_hf.files import write_text
 
-BUDGETS = {"AGRAdamW": 1.15}
+REFERENCE = "torch AdamW fused"
+# What a variant is to be compared with, and the ratio to reach; that with clipping is for GPUs.
+BUDGETS = {
+    "AGRAdamW": (REFERENCE, 1.15),
+    "AGRAdamW max_grad_norm": ("clip + torch AdamW fused", 0.85),
+    "AGRAdan": ("timm Adan", 1.0),
+}
 
 
 class NaiveAGRAdamW(torch.optim.AdamW):
@@ -56,6 +64,7 @@ VARIANTS = {
     "AdaL": lambda p: AdaL(p),
     "Adan": lambda p: Adan(p),
     "AGRAdan": lambda p: AGRAdan(p),
+    "timm Adan": lambda p: timm.optim.Adan(p, no_prox=False),
 }
 
 
@@ -79,6 +88,15 @@ class Variant:
         self.step()
         synchronize(device)
         return time.perf_counter() - start
+
+
+def timed_together(name, reference, sizes, device, rounds):
+    """Pairs of seconds of one step of each, alternating; only these two are in memory."""
+    pair = [Variant(one, sizes, device) for one in (name, reference)]
+    for variant in pair:
+        variant.step()
+        variant.step()
+    return [tuple(variant.timed(device) for variant in pair) for _ in range(rounds)]
 
 
 def synchronize(device):
@@ -127,37 +145,37 @@ def main():
     torch.set_num_threads(arguments.threads)
     sizes = shapes(arguments.millions)
     numel = sum(torch.Size(shape).numel() for shape in sizes)
-    names = list(dict.fromkeys(["torch AdamW fused", *arguments.variants]))
-    memory, times = {}, {name: [] for name in names}
+    names = list(dict.fromkeys([REFERENCE, *arguments.variants]))
+    if len(names) == 1:
+        parser.error(f"--variants names {REFERENCE!r} alone, to which the others are compared; name another one too")
+    memory = {}
     for name in names:  # alone in memory, so that nothing else moves the high-water mark
         variant = Variant(name, sizes, arguments.device)
         variant.step()  # makes the state
         memory[name] = peak_extra_memory(variant, arguments.device)
         del variant
-    # As many at a time as fit in memory: each together with the reference, whose own times are of the same rounds.
+    times, budgets = {}, []
     for name in names[1:]:
-        pair = {"torch AdamW fused": Variant("torch AdamW fused", sizes, arguments.device)}
-        pair[name] = Variant(name, sizes, arguments.device)
-        for variant in pair.values():
-            variant.step()
-            variant.step()
-        rounds = [
-            {key: variant.timed(arguments.device) for key, variant in pair.items()} for _ in range(arguments.rounds)
-        ]
-        times[name] = [(r[name], r["torch AdamW fused"]) for r in rounds]
-        del pair, variant
+        times[name] = timed_together(name, REFERENCE, sizes, arguments.device, arguments.rounds)
         gc.collect()
-    rows = []
-    for name in names:
-        pairs = times[name] or [(b, b) for other in names[1:] for _, b in times[other]]
-        rows.append(
-            {
-                "variant": name,
-                "milliseconds": 1e3 * statistics.median(a for a, _ in pairs),
-                "ratio": statistics.median(a / b for a, b in pairs),
-                "extra_memory_mib": None if memory[name] is None else memory[name] / 2**20,
-            }
-        )
+    times[REFERENCE] = [(b, b) for pairs in times.values() for _, b in pairs]
+    rows = [
+        {
+            "variant": name,
+            "milliseconds": 1e3 * statistics.median(a for a, _ in times[name]),
+            "ratio": statistics.median(a / b for a, b in times[name]),
+            "extra_memory_mib": None if memory[name] is None else memory[name] / 2**20,
+        }
+        for name in names
+    ]
+    for name, (other, budget) in BUDGETS.items():
+        if name in names:
+            pairs = times[name]
+            if other != REFERENCE:
+                pairs = timed_together(name, other, sizes, arguments.device, arguments.rounds)
+                gc.collect()
+            ratio = statistics.median(a / b for a, b in pairs)
+            budgets.append({"variant": name, "against": other, "ratio": ratio, "budget": budget})
     conditions = {"parameters": numel, "tensors": len(sizes), "rounds": arguments.rounds, **environment()}
     print(f"{numel:,} float32 parameters in {len(sizes)} tensors, {arguments.device}: {conditions['device']}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")  # fmt: skip
@@ -166,11 +184,12 @@ def main():
         extra = "?" if row["extra_memory_mib"] is None else f"{row['extra_memory_mib']:.1f}"
         print(f"{row['variant']:30} {row['milliseconds']:9.1f} {row['ratio']:8.2f} {extra:>10}")
     budget = max(0.01 * 4 * numel, 64 * 2**20) / 2**20
-    print(f"budgets: AGRAdamW {BUDGETS['AGRAdamW']} x fused, extra memory {budget:.0f} MiB")
+    for row in budgets:
+        print(f"{row['variant']} / {row['against']}: {row['ratio']:.2f} (budget {row['budget']:.2f})")
+    print(f"extra memory: budget {budget:.0f} MiB")
     if arguments.out:
-        write_text(
-            arguments.out, json.dumps({"rows": rows, "memory_budget_mib": budget, **conditions}, indent=2) + "\n"
-        )
+        results = {"rows": rows, "budgets": budgets, "memory_budget_mib": budget, **conditions}
+        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
         print(f"written to {arguments.out}")
 
 

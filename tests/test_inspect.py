@@ -7,11 +7,20 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from torch import nn
-from transformers import AlbertConfig, AlbertForPreTraining, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AlbertConfig,
+    AlbertForPreTraining,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from agr_hf import agr
 from agr_hf.cli import main
-from agr_hf.experiments.inspect import Layer, measure, random_batches, verdict
+from agr_hf.experiments.inspect import Layer, loss_of, measure, random_batches, verdict
+from agr_hf.tasks.classifiers import classifier
 from agr_hf.tasks.digits import digits_model, load_digits
 
 
@@ -122,3 +131,29 @@ def test_the_verdict_counts_what_it_says():
     text = verdict(layers)
     assert "2.5% of the gradient's length in the median layer" in text or "2.6%" in text
     assert "at most 5% (small, 10 weights); 1 of 2 layers lose more than 1%" in text
+
+
+def test_our_own_networks_for_small_images_are_known(tmp_path, capsys):
+    classifier("resnet18", 8, 1, list("0123456789"), (0.3,), (0.4,)).save_pretrained(tmp_path / "model")
+    _, results = inspected(tmp_path, capsys, tmp_path / "model", "--batch-size", 2)
+    assert len(results["layers"]) == 21
+
+
+def test_padding_is_no_label():
+    model = BertForMaskedLM(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
+    ids, mask = torch.randint(20, (2, 6)), torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    found = loss_of(model, {"input_ids": ids, "attention_mask": mask})
+    wanted = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert found == wanted != model(input_ids=ids, attention_mask=mask, labels=ids).loss
+
+
+def test_images_are_normalized_as_the_model_was_trained(tmp_path):
+    from timm import create_model
+
+    from agr_hf.experiments.inspect import _normalization
+
+    assert _normalization(create_model("resnet18"), "resnet18", 3) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    model = classifier("resnet18", 8, 1, list("01"), (0.3,), (0.4,))
+    model.save_pretrained(tmp_path)
+    assert [list(part) for part in _normalization(model, str(tmp_path), 1)] == [[0.3], [0.4]]
+    assert _normalization(digits_model(), "nowhere/nothing", 1) == ([0.5], [0.25])

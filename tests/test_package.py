@@ -20,7 +20,8 @@ def test_the_wheel_has_every_module_template_and_metric_card(tmp_path):
         f"{packaged}/{path.relative_to(tmp_path / folder).as_posix()}"
         for folder, packaged in FOLDERS.items()
         for path in (tmp_path / folder).rglob("*")
-        if path.suffix in (".py", ".jinja") or (folder == "agr_hf" and path.name in ("README.md", "requirements.txt"))
+        if path.suffix in (".py", ".jinja", ".typed")
+        or (folder == "agr_hf" and path.name in ("README.md", "requirements.txt"))
     }
     subprocess.run([sys.executable, "-c", BUILD], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")

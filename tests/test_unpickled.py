@@ -26,6 +26,11 @@ def test_values_come_back_to_the_bit(tmp_path):
     values = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 4)}, 7: {"m": torch.randn(2).bfloat16()}},
         "groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "agr": [True, False], "name": None}],
+        "a.b": torch.zeros(2),
+        "a": {"b": torch.ones(2)},
+        1: torch.full((2,), 2.0),
+        "1": torch.full((2,), 3.0),
+        "1#0": torch.full((2,), 4.0),
         "random": ("MT19937", np.arange(624, dtype=np.uint32), 624, 0, 0.0),
         "odd": [math.inf, -0.0, math.nan, 2**70, "ü\n", True, torch.zeros(0), torch.tensor([1, 2], dtype=torch.uint8)],
     }

@@ -29,6 +29,7 @@ from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR, Traini
 from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
+from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.recipes import apply_recipe
 from agr_hf.tasks.runs import (
     dataset_of,
@@ -40,12 +41,13 @@ from agr_hf.tasks.runs import (
     run_main,
     write_results,
 )
-from agr_hf.tasks.text import EMBEDDED, hub_source, load_articles, train_tokenizer
+from agr_hf.tasks.text import EMBEDDED, default_config, hub_source, load_articles, train_tokenizer
 
 logger = logging.getLogger("train_albert")
 
 # ALBERT paper (arXiv 1909.11942), table 1 and section 4.1: base has 12 layers of 768, 12 heads, embeddings of 128, 30,000
-# pieces, n-grams up to 3. Feed-forward 3072 is 4 x hidden, dropout 0 is version 2's (its README); length 512.
+# pieces, n-grams up to 3. Feed-forward 3072 is 4 x hidden, dropout 0 is version 2's (its README). Its length of 512 is that
+# of albert-base here; the AGR paper names none, and the other two keep the default.
 BASE = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
     "embedding_size": 128, "vocab_size": 30_000,
@@ -59,7 +61,7 @@ AUTHORS = {
 # is), decays 0, 2e-4, 5e-4, 1e-3 and 1e-2; 5e-4 is AdamW(AGR)'s best (84.47% SOP accuracy). The rate is its script's.
 PAPER = {
     "optim": "agr_adamw", "learning_rate": 1e-4, "weight_decay": 5e-4, "num_train_epochs": 25,
-    "per_device_train_batch_size": 16, "lr_scheduler_type": "linear",
+    "total_batch_size": 16, "lr_scheduler_type": "linear",
 }  # fmt: skip
 RECIPES = {
     "agr-albert": {**PAPER, **BASE},
@@ -68,7 +70,7 @@ RECIPES = {
     # (arXiv 1810.04805, appendix A.2) is: rate 1e-4, decay 0.01, linear decay after 1% of the steps, batch 256.
     "albert-base": {
         **BASE, "optim": "adamw", "learning_rate": 1e-4, "weight_decay": 0.01, "warmup_steps": 0.01,
-        "per_device_train_batch_size": 256, "lr_scheduler_type": "linear", "max_seq_length": 512,
+        "total_batch_size": 256, "lr_scheduler_type": "linear", "max_seq_length": 512,
     },
 }  # fmt: skip
 
@@ -110,8 +112,9 @@ def parse_args(argv=None):
     agr_hf.register()
     parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments, TrainingArguments))
     parser.set_defaults(
-        optim="agr_adamw", learning_rate=1e-3, per_device_train_batch_size=16, eval_strategy="epoch", report_to="none"
-    )
+        optim="agr_adamw", learning_rate=1e-3, per_device_train_batch_size=16, eval_strategy="epoch",
+        logging_strategy="epoch", save_total_limit=2, report_to="none",
+    )  # fmt: skip
     apply_recipe(parser, RECIPES, argv)
     return parser.parse_args_into_dataclasses(argv)
 
@@ -127,6 +130,10 @@ def main(argv=None):
     # Trainer would remove what the collator needs, for the model's forward does not take it.
     args.remove_unused_columns = False
 
+    if data_args.dataset_name == EMBEDDED and (data_args.train_file is None) != (data_args.validation_file is None):
+        raise ValueError(
+            "train_file and validation_file go together, or with the dataset_name that the other split is of: one was given"
+        )
     config_name = data_args.dataset_config_name
     train_text = load_articles(data_args.train_file or data_args.dataset_name, "train", config_name)
     eval_text = load_articles(data_args.validation_file or data_args.dataset_name, "validation", config_name)
@@ -148,7 +155,7 @@ def main(argv=None):
         options = parse_optim_args(optimizer_info(name), args.optim_args)
         chosen["optimizer_cls_and_kwargs"] = trainer_optimizer(name, args, **options)
     clock = TrainingTime()
-    callbacks = [sop.EpochOfChunks(train_data), clock]
+    callbacks = [EpochOf(train_data), clock]
     if run_args.suspend_agr_at_epoch is not None:
         callbacks.append(SuspendAGR(at_epoch=run_args.suspend_agr_at_epoch))
     trainer = Trainer(model, args, collator, train_data, eval_data, processing_class=tokenizer, callbacks=callbacks,
@@ -178,10 +185,20 @@ def main(argv=None):
             groups=optimizer_groups(trainer.optimizer),
             seed=args.seed,
             config=config,
-            dataset=dataset_of(data_args.dataset_name, len(train_data), files, hub_source(data_args.dataset_name)),
+            dataset=dataset_of(
+                data_args.dataset_name,
+                len(train_data),
+                files,
+                hub_source(data_args.dataset_name),
+                split="validation",
+                evaluated=len(eval_data),
+                complete=data_args.max_eval_samples is None,
+                config=config_name or default_config(data_args.dataset_name),
+            ),
             epochs=epochs_of(trainer.state.log_history),
             metrics=metrics,
             seconds=clock.seconds,
+            device=args.device,
             gradients=gradients_of(trainer.state.log_history),
         )
         if push:

@@ -27,8 +27,9 @@ from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_chec
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
+from agr_hf.tasks.recipes import apply_recipe
 from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, refuse_used, run_main, write_results
-from agr_hf.tasks.unlabelled_images import load_images
+from agr_hf.tasks.unlabelled_images import load_unlabelled_images
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -88,8 +89,7 @@ def parse_args(argv=None):
     parser.add_argument("--push_training_state", action="store_true", help="so that others can resume")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true")
-    known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**diffusion.RECIPES.get(known.recipe, {}))
+    apply_recipe(parser, diffusion.RECIPES, argv)
     args = parser.parse_args(argv)
     for name in (
         "num_epochs",
@@ -97,13 +97,23 @@ def parse_args(argv=None):
         "gradient_accumulation_steps",
         "checkpointing_steps",
         "save_images_epochs",
+        "num_grid_samples",
+        "eval_batch_size",
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    most = diffusion.ddpm_scheduler().config.num_train_timesteps
+    if not 1 <= args.ddpm_num_inference_steps <= most:
+        parser.error(
+            f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is not allowed; it must be 1 to {most}"
+        )
     if args.agr_steps is not None and not args.optim.startswith("agr_"):
         parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
-    if args.num_eval_samples == 1:
-        parser.error("--num_eval_samples 1 is not allowed; a distance needs at least 2 samples, and 0 leaves it out")
+    if args.num_eval_samples < 0 or args.num_eval_samples == 1:
+        parser.error(
+            f"--num_eval_samples {args.num_eval_samples} is not allowed; a distance needs at least 2 samples, and 0 leaves "
+            "it out"
+        )
     return args
 
 
@@ -131,7 +141,7 @@ def main(argv=None):
     set_seed(args.seed)
     # One process fetches, the others find it in the cache.
     with accelerator.main_process_first():
-        images = load_images(
+        images = load_unlabelled_images(
             args.train_data or args.dataset_name,
             size=args.resolution,
             revision=args.dataset_revision,
@@ -265,7 +275,14 @@ def main(argv=None):
             groups=optimizer_groups(optimizer),
             seed=args.seed,
             config=config,
-            dataset=dataset_of(args.dataset_name, len(images), (args.train_data,), hub_source(args.dataset_name)),
+            dataset=dataset_of(
+                args.dataset_name,
+                len(images),
+                (args.train_data,),
+                hub_source(args.dataset_name, args.dataset_revision),
+                split="train",
+            ),
+            device=accelerator.device,
             epochs=history.epochs,
             metrics=metrics,
             seconds=history.seconds,

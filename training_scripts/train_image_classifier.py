@@ -4,6 +4,7 @@
     python training_scripts/train_image_classifier.py --recipe agr-cifar100 --output_dir runs/cifar100
     torchrun --nproc_per_node 2 training_scripts/train_image_classifier.py --recipe adal-cifar10 --output_dir runs/adal
 
+A recipe's batch is that of all processes together; --per_device_train_batch_size is of one.
 `--optim` takes agr_hf.list_optimizers() and Trainer's own names. The default data need no network.
 """
 
@@ -11,7 +12,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArguments, set_seed
 
 import agr_hf
 from agr_hf.hub.push import push_finished, take_over_push
@@ -19,6 +20,7 @@ from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
+from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.images import classification_metrics, hub_source, load_images
 from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
 from agr_hf.tasks.runs import (
@@ -67,10 +69,18 @@ def parse_args(argv=None):
     parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments, TrainingArguments))
     parser.set_defaults(
         optim="agr_adamw", learning_rate=1e-3, per_device_train_batch_size=64, eval_strategy="epoch",
-        logging_strategy="epoch", save_strategy="no", report_to="none",
+        logging_strategy="epoch", save_strategy="epoch", save_total_limit=2, report_to="none",
     )  # fmt: skip
     apply_recipe(parser, IMAGE_RECIPES, argv)
-    return parser.parse_args_into_dataclasses(argv)
+    model_args, data_args, run_args, args = parser.parse_args_into_dataclasses(argv)
+    if run_args.lr_milestones and (args.lr_scheduler_type != SchedulerType.LINEAR or args.warmup_steps):
+        # The milestones of a recipe give way to a schedule of the command line; two on the command line contradict.
+        if run_args.lr_milestones != IMAGE_RECIPES.get(run_args.recipe, {}).get("lr_milestones"):
+            raise ValueError(
+                "lr_milestones are a schedule of their own; pass them, or lr_scheduler_type and warmup_steps"
+            )
+        run_args.lr_milestones = None
+    return model_args, data_args, run_args, args
 
 
 def main(argv=None):
@@ -82,14 +92,15 @@ def main(argv=None):
     push = take_over_push(args, run_args.push_training_state)
 
     data = load_images(data_args.dataset_name, data_args.train_file, data_args.test_file, data_args.augmentation,
-                       data_args.max_train_samples, data_args.max_eval_samples, data_args.image_size)  # fmt: skip
+                       data_args.max_train_samples, data_args.max_eval_samples, data_args.image_size,
+                       args.seed if args.data_seed is None else args.data_seed)  # fmt: skip
     logger.info("%s training and %s test images of %d x %d, %d classes", f"{len(data.train):,}", f"{len(data.test):,}",
                 data.size, data.size, len(data.labels))  # fmt: skip
     model = classifier(model_args.model_name, data.size, data.channels, data.labels, data.mean, data.std)
     logger.info("%s: %s parameters", model_args.model_name, f"{parameter_count(model):,}")
 
     clock = TrainingTime()
-    callbacks = [GradientScaleCheck(), clock]
+    callbacks = [EpochOf(data.train), GradientScaleCheck(), clock]
     if run_args.suspend_agr_at_epoch is not None:
         callbacks.append(SuspendAGR(at_epoch=run_args.suspend_agr_at_epoch))
     trainer = Trainer(model, args, train_dataset=data.train, eval_dataset=data.test,
@@ -114,11 +125,20 @@ def main(argv=None):
             optimizer=str(args.optim.value),
             groups=optimizer_groups(trainer.optimizer),
             seed=args.seed,
-            config={**config, "parameters": parameter_count(model)},
-            dataset=dataset_of(data_args.dataset_name, len(data.train), files, hub_source(data_args.dataset_name)),
+            config={**config, "parameters": parameter_count(model), "channels": data.channels},
+            dataset=dataset_of(
+                data_args.dataset_name,
+                len(data.train),
+                files,
+                hub_source(data_args.dataset_name),
+                split=data.test_split,
+                evaluated=len(data.test),
+                complete=data_args.max_eval_samples is None,
+            ),
             epochs=epochs_of(trainer.state.log_history),
             metrics=metrics,
             seconds=clock.seconds,
+            device=args.device,
             gradients=gradients_of(trainer.state.log_history),
         )
         if push:
@@ -139,8 +159,9 @@ def optimizer_of(model, args, run_args, examples):
     if not run_args.lr_milestones:
         return {"optimizer_cls_and_kwargs": (factory, kwargs)}
     optimizer = OptimizerFactory()(model, **kwargs)
-    batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    steps_per_epoch = -(-examples // batch)
+    batch = args.train_batch_size * args.world_size
+    batches = examples // batch if args.dataloader_drop_last else -(-examples // batch)
+    steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
     # LambdaLR, as the AGR paper says.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: run_args.lr_gamma ** sum(step >= m * steps_per_epoch for m in run_args.lr_milestones)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from agr_hf.environment import environment
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.param_groups import agr_param_groups
 from agr_hf.optim.statistics import gradient_statistics
+from agr_hf.tasks.images import open_image
 
 Batch = dict[str, Tensor]
 TEXT_LENGTH = 64
@@ -57,6 +58,9 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
     import timm
     import transformers
 
+    from agr_hf.tasks.classifiers import register_small_image_models
+
+    register_small_image_models()
     if not Path(name).is_dir() and timm.is_model(name):
         model: nn.Module = timm.create_model(name, pretrained=pretrained)
         return model
@@ -64,7 +68,7 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         cls = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
         loaded: nn.Module = cls.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"{name!r} is no local folder with a model, no architecture of timm, and not to be had from the Hub "
             f"({str(error).splitlines()[0]})"
@@ -87,7 +91,9 @@ def random_batches(model: Any, batch_size: int, count: int) -> Iterator[Batch]:
         elif getattr(model, "main_input_name", None) == "pixel_values":
             size = getattr(config, "image_size", 224)
             height, width = size if isinstance(size, (tuple, list)) else (size, size)
-            images = torch.randn(batch_size, getattr(config, "num_channels", 3), height, width)
+            shape = (getattr(config, "num_channels", 3), height, width)
+            shape = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", shape)  # timm's in transformers
+            images = torch.randn(batch_size, *shape)
             yield {"pixel_values": images, "labels": torch.randint(config.num_labels, (batch_size,))}
         elif hasattr(config, "vocab_size"):
             length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
@@ -132,23 +138,33 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
         )
     for batch in rows.iter(batch_size):
         if images:
-            yield _image_batch(model, [_decoded(value) for value in batch[image]], torch.tensor(batch[label]))
+            # Parquet files of images keep the encoded bytes.
+            pictures = [open_image(value["bytes"]) if isinstance(value, Mapping) else value for value in batch[image]]
+            yield _image_batch(model, pictures, torch.tensor(batch[label]), name)
         else:
             yield _text_batch(model, batch["text"], name)
 
 
-def _decoded(value: Any) -> Any:
-    """A PIL image; parquet files of images keep the encoded bytes."""
-    if isinstance(value, Mapping):
-        import io
+def _normalization(model: Any, name: str, channels: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of the channels that the model was trained with, where it says so."""
+    import timm
+    from transformers import AutoImageProcessor
 
-        from PIL import Image
+    try:
+        if hasattr(model, "config"):
+            processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            said = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
+        else:
+            said = timm.data.resolve_model_data_config(model)
+    except (OSError, ValueError, AttributeError, ImportError):
+        said = {}
+    mean, std = said.get("mean"), said.get("std")
+    if mean is None or std is None or not len(mean) == len(std) == channels:
+        return [0.5] * channels, [0.25] * channels
+    return mean, std
 
-        return Image.open(io.BytesIO(value["bytes"]))
-    return value
 
-
-def _image_batch(model: Any, images: list[Any], labels: Tensor) -> Batch:
+def _image_batch(model: Any, images: list[Any], labels: Tensor, name: str) -> Batch:
     from torchvision.transforms import v2
 
     (example,) = random_batches(model, 1, 1)
@@ -163,7 +179,7 @@ def _image_batch(model: Any, images: list[Any], labels: Tensor) -> Batch:
             v2.Grayscale(channels) if channels == 1 else v2.RGB(),
             v2.Resize((height, width), antialias=True),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * channels, [0.25] * channels),
+            v2.Normalize(*_normalization(model, name, channels)),
         ]
     )
     return {key: torch.stack([transform(image) for image in images]), "labels": labels}
@@ -198,6 +214,8 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
             labels = torch.randint(classes, (len(batch["input_ids"]),))
         else:
             labels = batch["input_ids"]
+            if "attention_mask" in batch:
+                labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
         extra = {"labels": labels}
         if type(model).__name__ == "AlbertForPreTraining":
             extra["sentence_order_label"] = torch.randint(2, (len(labels),))

@@ -80,22 +80,30 @@ def _results_of(path: Path) -> dict[str, Any] | None:
 def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table of runs by task and data, the best first: mean and standard deviation over seeds.
 
-    Runs that differ in nothing but their seed are one row. "settings" holds what else differs between the rows of one task
+    Runs of as many processes that differ in nothing but their seed are one row; of a seed that is there twice (a run and its
+    repetition) the one finished last counts. "settings" holds what else differs between the rows of one task
     and data set. With one seed there is no deviation, and rows that lie within each other's deviations are not told apart
     by this table.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
     # A run may be given twice: its folder, and where it was published.
     for run in {json.dumps(run, sort_keys=True): run for run in runs}.values():
-        config = _settings(run)
-        groups.setdefault(json.dumps([run["task"], run["optimizer"], config], sort_keys=True), []).append(run)
+        key = json.dumps([run["task"], run["optimizer"], _settings(run)], sort_keys=True)
+        by_seed = groups.setdefault(key, {})
+        seed = json.dumps([run.get("seed"), run["config"].get("data_seed")])
+        if seed in by_seed:
+            logger.warning(
+                "there are two runs of seed %s that differ in nothing; the one finished last counts", run.get("seed")
+            )
+        by_seed[seed] = max(run, by_seed.get(seed, run), key=lambda one: one.get("finished") or "")
     lines = ["| task | data | model | optimizer | rate | settings | runs | metric | value | seconds |",
              "| --- | --- | --- | --- | ---: | --- | ---: | --- | ---: | ---: |"]  # fmt: skip
     values_of: dict[str, dict[str, set[str]]] = {}
-    for group in groups.values():
+    rows = [list(by_seed.values()) for by_seed in groups.values()]
+    for group in rows:
         for key, value in _settings(group[0]).items():
             values_of.setdefault(_place(group[0]), {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
-    for row in sorted(map(_row, groups.values()), key=_order):
+    for row in sorted(map(_row, rows), key=_order):
         group, values, run = row.runs, row.values, row.runs[0]
         info = OPTIMIZERS.get(run["optimizer"])
         value = f"{statistics.mean(values):.4g}" if values else "–"
@@ -117,7 +125,8 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in run["config"].items() if key not in PER_RUN and not key.startswith("hub_")}
+    settings = {key: value for key, value in run["config"].items() if key not in PER_RUN and not key.startswith("hub_")}
+    return {**settings, "processes": run.get("processes")}
 
 
 def _place(run: Mapping[str, Any]) -> str:

@@ -138,6 +138,7 @@ def model_card(
         optimizer=info.title if info else optimizer,
         source=info.source if info else "Trainer's own",
         dataset=_dataset_words(results.get("dataset") or {}),
+        evaluation=_evaluation_words(results.get("dataset") or {}),
         metrics=[(name, value) for name, value in _metrics(task, results["metrics"]) if value is not None],
         curves=curves,
         samples=urllib.parse.quote(samples) if samples else None,
@@ -191,18 +192,21 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
             task_type=task.pipeline,
             dataset_type=hub_id or re.sub(r"[^\w.]+", "-", name).strip("-") or "unknown",
             dataset_name=name,
-            dataset_split=task.split,
+            dataset_config=dataset.get("config") if hub_id else None,
+            dataset_split=dataset.get("split") or task.split,
             dataset_revision=dataset.get("revision") if hub_id else None,
             metric_type=re.sub(r"[^\w.\-]", "_", key),
             metric_name=label,
             metric_value=value,
         )
         for key, label, value in shown_metrics(task, results["metrics"])
+        if key != "loss" or task.split != "train"  # a training loss evaluates nothing
     ]
     base = results["config"].get("base_model")
     data = ModelCardData(
         library_name=task.library,
-        pipeline_tag=task.pipeline,
+        # Hub and pipeline() show every picture in RGB, which a grey model does not take.
+        pipeline_tag=task.pipeline if results["config"].get("channels") != 1 or task.library == "diffusers" else None,
         tags=[tag for tag in ("agr-hf", results["optimizer"], results["task"]) if HUB_ID.fullmatch(tag)],
         datasets=[hub_id] if hub_id else None,
         metrics=[evaluation.metric_type for evaluation in evaluations if evaluation.metric_type != "loss"] or None,
@@ -214,14 +218,20 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
 
 
 def evaluation_file(results: Mapping[str, Any]) -> str | None:
-    """`.eval_results/agr_hf.yaml`: the main metric on a data set of the Hub; None where there is no such data set."""
+    """`.eval_results/agr_hf.yaml`: the main metric on a complete split of a data set of the Hub; None where there is none.
+
+    The Hub lists such results beside those of others, so a loss, a part of a split, or a distance on a network of the
+    user's choice is not among them.
+    """
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
     task, dataset = task_of(results), results.get("dataset") or {}
-    shown = shown_metrics(task, results["metrics"])
+    shown = [
+        entry for entry in shown_metrics(task, results["metrics"]) if entry[0] in task.metrics and entry[0] != "loss"
+    ]
     hub_id = dataset.get("hub_id")
-    if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown:
+    if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown or not dataset.get("complete"):
         return None
     key, label, value = shown[0]
     entry = EvalResultEntry(
@@ -230,7 +240,7 @@ def evaluation_file(results: Mapping[str, Any]) -> str | None:
         value=value,
         dataset_revision=dataset.get("revision"),
         date=results.get("finished"),
-        notes=f"{label} on the {task.split} split, one run with seed {results.get('seed')}",
+        notes=f"{label} on the {dataset.get('split') or task.split} split, one run with seed {results.get('seed')}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
@@ -291,6 +301,15 @@ def _dataset_words(dataset: Mapping[str, Any]) -> str:
     name = dataset.get("name") or "unknown data"
     words = f"{name} ({dataset['examples']:,} training examples)" if dataset.get("examples") else name
     return f"{words} from {', '.join(dataset['files'])}" if dataset.get("files") else words
+
+
+def _evaluation_words(dataset: Mapping[str, Any]) -> str | None:
+    """What the metrics are of, where the run wrote it down."""
+    if not dataset.get("split"):
+        return None
+    of = f"{dataset['evaluated']:,} examples" if dataset.get("evaluated") else "examples"
+    part = "" if dataset.get("complete") else ", a part of it"
+    return f"on {of} of the split {dataset['split']!r}{part}"
 
 
 def _conditions(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -229,10 +229,14 @@ def take_over_push(args: TrainingArguments, with_training_state: bool = False) -
     Trainer pushes at every save, and its own card. From here on it does not: a script pushes once, when the run is whole.
 
     Raises:
-        ValueError: see `check_push`.
+        ValueError: see `check_push`; or the training state is to be pushed, and none will be saved.
     """
     if not args.push_to_hub:
         return None
+    if with_training_state and args.save_strategy == "no":
+        raise ValueError(
+            "push_training_state publishes the last checkpoint, and save_strategy is no; set epoch or steps"
+        )
     from huggingface_hub import HfApi
 
     repo_id = args.hub_model_id or Path(args.output_dir or ".").resolve().name

@@ -33,7 +33,19 @@ SHAPE = Table(
             {"learning_rate": NUMBER, "hidden_size": int, "model_name": str, "base_model": str, "unet": str}
         ),
         "epochs": [Table({"epoch": NUMBER}, ("epoch",))],
-        "dataset": Table({"name": str, "hub_id": str, "revision": str, "files": [str], "examples": int}),
+        "dataset": Table(
+            {
+                "name": str,
+                "hub_id": str,
+                "revision": str,
+                "config": str,
+                "files": [str],
+                "examples": int,
+                "split": str,
+                "evaluated": int,
+                "complete": bool,
+            }
+        ),
         "gradients": Table({"measurements": int, "overall": {str: NUMBER}, "layers": {str: {str: NUMBER}}}),
         "optimizer_groups": [Table({"tensors": int, "parameters": int}, ("tensors", "parameters"))],
         "versions": {str: str},

@@ -18,8 +18,8 @@ import torch
 from agr_hf import unpickled
 from agr_hf.files import replaced_folder, write_text
 from agr_hf.hub.results import NUMBER, Table, check
-from agr_hf.integrations.accelerate import MANIFEST, latest_state, numbered_checkpoints
-from agr_hf.integrations.checkpoints import latest_checkpoint
+from agr_hf.integrations.accelerate import MANIFEST, latest_state
+from agr_hf.integrations.checkpoints import latest_checkpoint, numbered_checkpoints
 
 FOLDER = "training_state"
 # The index: the checkpoint's name, and of each pickle its own name.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agr_hf.files import write_text
-from agr_hf.integrations.checkpoints import folder_fault
+from agr_hf.integrations.checkpoints import folder_fault, newest_complete, numbered_checkpoints
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -143,12 +142,7 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
 
 def latest_state(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest complete `checkpoint-N` that `save_checkpoint` wrote, or None; broken ones are named in warnings."""
-    for _, folder in sorted(numbered_checkpoints(Path(output_dir)), reverse=True):
-        fault = state_fault(folder)
-        if fault is None:
-            return folder
-        logger.warning("%s is passed over: %s", folder, fault)
-    return None
+    return newest_complete(Path(output_dir), state_fault)
 
 
 def state_fault(folder: Path) -> str | None:
@@ -163,10 +157,3 @@ def state_fault(folder: Path) -> str | None:
             if not (folder / name).exists():
                 return f"{name} is missing"
     return None
-
-
-def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    matches: list[tuple[Any, Path]] = [
-        (re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")
-    ]
-    return [(int(match[1]), path) for match, path in matches if match and path.is_dir()]

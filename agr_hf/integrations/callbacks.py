@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +23,9 @@ from transformers import (
 
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
-from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.flags import agr_flags, unwrapped
 from agr_hf.optim.hyperparameters import is_at_least_zero
-from agr_hf.optim.statistics import agr_gradients, gradient_statistics, unwrapped
+from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,12 @@ class SuspendAGR(TrainerCallback):
 
 def _groups_with_agr(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Groups of the package's optimizers, or of one that AGR is attached to."""
-    return [group for group in optimizer.param_groups if "agr" in group or "agr_step" in group]
+    # `agr` alone proves nothing: agr_param_groups writes it for any optimizer.
+    return [group for group in optimizer.param_groups if "agr_step" in group]
+
+
+# What several measurements become in one entry of the log; means where nothing is said.
+REDUCTIONS: dict[str, Callable[[list[float]], float]] = {"largest_share": max, "measurements": sum}
 
 
 class GradientStatistics(TrainerCallback):
@@ -95,8 +102,9 @@ class GradientStatistics(TrainerCallback):
 
     Keys are `gradients/{overall or parameter}/{effect, largest_share, l1_norm, zeros, log_mean, log_std}`; see
     `agr_hf.optim.statistics.GradientSummary`. They ride on Trainer's next log entry, so they reach `log_history` and
-    whatever `report_to` names; the console shows the overall ones. Gradients are measured as the optimizer gets them,
-    after clipping; effect and shares do not depend on their scale.
+    whatever `report_to` names; the console shows the overall ones. Several measurements between two entries are logged as
+    their mean, of the largest share as the maximum, and `gradients/overall/measurements` says how many they were. Gradients
+    are measured as the optimizer gets them, after clipping; effect and shares do not depend on their scale.
 
         trainer = Trainer(...)
         GradientStatistics(every=100).attach(trainer)
@@ -117,7 +125,7 @@ class GradientStatistics(TrainerCallback):
             raise ValueError(f"GradientStatistics: every={every!r} is not allowed; it must be a whole number >= 1")
         self.every = every
         self.layers = layers
-        self._pending: dict[str, float] = {}
+        self._pending: dict[str, list[float]] = {}
         self._attached = False
 
     def attach(self, trainer: Trainer) -> GradientStatistics:
@@ -156,8 +164,10 @@ class GradientStatistics(TrainerCallback):
         for name, summary in found.items():
             if self.layers or name == "overall":
                 # A non-finite number is no JSON, and trackers choke on it; zeros say that a logarithm is missing.
-                values = {key: value for key, value in summary.as_dict().items() if value == value}
-                self._pending.update({f"gradients/{name}/{key}": value for key, value in values.items()})
+                for key, value in summary.as_dict().items():
+                    if math.isfinite(value):
+                        self._pending.setdefault(f"gradients/{name}/{key}", []).append(value)
+        self._pending.setdefault("gradients/overall/measurements", []).append(1)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._pending and state.log_history:
@@ -165,7 +175,7 @@ class GradientStatistics(TrainerCallback):
 
     def _take(self) -> dict[str, float]:
         pending, self._pending = self._pending, {}
-        return pending
+        return {key: REDUCTIONS.get(key.rsplit("/", 1)[1], statistics.fmean)(values) for key, values in pending.items()}
 
 
 def _log_overall(

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,17 +58,23 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     A process killed while it saved leaves files missing or cut short, and Trainer's own "latest" would take them. Each
     newer checkpoint that is passed over is named in a warning with the file at fault, and left as it is.
     """
-    folders = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and folder.is_dir():
-            folders.append((int(match[1]), folder))
-    for _, folder in sorted(folders, reverse=True):
-        fault = checkpoint_fault(folder)
+    return newest_complete(Path(output_dir), checkpoint_fault)
+
+
+def newest_complete(output_dir: Path, fault_of: Callable[[Path], str | None]) -> Path | None:
+    """The newest `checkpoint-N` of a folder without a fault, or None; those passed over are named in warnings."""
+    for _, folder in sorted(numbered_checkpoints(output_dir), reverse=True):
+        fault = fault_of(folder)
         if fault is None:
             return folder
         logger.warning("%s is passed over: %s", folder, fault)
     return None
+
+
+def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Every folder `checkpoint-N` of a folder, with its N."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    return [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
 
 
 def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:

@@ -49,7 +49,7 @@ def _with_agr_flags(create: Any) -> Any:
 
     def create_optimizer(model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = create(model_or_params, _timm_name(opt), *args, **kwargs)
-        if isinstance(model_or_params, torch.nn.Module) and "agr_steps" in optimizer.defaults:
+        if isinstance(model_or_params, torch.nn.Module) and optimizer.defaults.get("agr"):
             set_agr_flags(optimizer.param_groups, model_or_params)
         return optimizer
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,26 @@ def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Opti
     def handle(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """What Trainer asks for: an optimizer class and its arguments, groups under "params"."""
         options = parse_optim_args(info, context.args.optim_args)
-        groups = trainer_groups(context.model, context.args.weight_decay, info)
-        return info.cls, {"params": groups, **optimizer_arguments(info, context.args, options)}
+        arguments = optimizer_arguments(info, context.args, options)
+        return (_with_agr_flags(info.cls, context.model) if _regularizes(info, arguments) else info.cls), arguments
 
     return handle
+
+
+def _with_agr_flags(cls: type[torch.optim.Optimizer], model: torch.nn.Module) -> type[torch.optim.Optimizer]:
+    """What Trainer takes for an optimizer class: it makes one of `cls`, with `agr` in the groups that Trainer made."""
+
+    class Grouped(cls):  # type: ignore[valid-type, misc]
+        def __new__(cls_: type, params: Any, **arguments: Any) -> Any:  # no Grouped: Python calls no __init__ of it
+            groups = list(params)
+            set_agr_flags(groups, model)
+            return cls(groups, **arguments)
+
+    return Grouped
+
+
+def _regularizes(info: OptimizerInfo, arguments: dict[str, Any]) -> bool:
+    return "agr" in inspect.signature(info.cls).parameters and arguments.get("agr") is not False
 
 
 class OptimizerFactory:
@@ -56,7 +73,10 @@ class OptimizerFactory:
         self, model: torch.nn.Module, *, name: str, weight_decay: float, **arguments: Any
     ) -> torch.optim.Optimizer:
         info = optimizer_info(name)
-        return info.cls(trainer_groups(model, weight_decay, info), **arguments)
+        groups = trainer_groups(model, weight_decay)
+        if _regularizes(info, arguments):
+            set_agr_flags(groups, model)
+        return info.cls(groups, **arguments)
 
 
 def trainer_optimizer(
@@ -89,10 +109,12 @@ def trainer_optimizer(
 def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
     """`trainer.train(resume_from_checkpoint=...)` that resumes from what is complete, and completely.
 
-    Three things go wrong without it. Trainer's own "latest" takes a checkpoint that a kill left half-written. For models
+    Four things go wrong without it. Trainer's own "latest" takes a checkpoint that a kill left half-written. For models
     whose files name weights otherwise than the model does (ViT and many others in transformers 5), Trainer loads what it
-    finds by name, warns of missing keys and trains on from fresh weights (transformers #43701). And a run with `max_steps`
-    that is finished takes one step more.
+    finds by name, warns of missing keys and trains on from fresh weights (transformers #43701). An evaluation takes from the
+    random numbers of the training, so that a run resumed from a checkpoint before it trains otherwise; here it does not, and
+    the run never stopped is to be trained by this function too. And a run with `max_steps` that is finished takes one step
+    more.
 
     Args:
         trainer: ready to train.
@@ -103,19 +125,38 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
         ValueError: the named checkpoint is not complete; the message says what is wrong with which file.
     """
     checkpoint = resolve_checkpoint(resume_from_checkpoint, trainer.args.output_dir)
-    if checkpoint is None:
-        return trainer.train()
-    callback = _load_weights_callback(checkpoint)
-    get_loader = trainer.get_train_dataloader
-    if 0 < trainer.args.max_steps <= _steps_of(checkpoint):
-        # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
-        trainer.get_train_dataloader = lambda: DataLoader([])  # type: ignore[method-assign, arg-type]
-    trainer.add_callback(callback)
-    try:
+    evaluate = trainer.evaluate
+
+    def evaluate_apart(*args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):
+            return evaluate(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(trainer, "evaluate", evaluate_apart))
+        if checkpoint is None:
+            return trainer.train()
+        callback = _load_weights_callback(checkpoint)
+        if 0 < trainer.args.max_steps <= _steps_of(checkpoint):
+            # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
+            empty: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type]
+            stack.enter_context(_replaced(trainer, "get_train_dataloader", lambda: empty))
+        trainer.add_callback(callback)
+        stack.callback(trainer.remove_callback, callback)
         return trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextmanager
+def _replaced(trainer: Trainer, method: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A method of one trainer replaced for a while."""
+    before = vars(trainer).get(method)
+    setattr(trainer, method, function)
+    try:
+        yield
     finally:
-        trainer.remove_callback(callback)
-        trainer.get_train_dataloader = get_loader  # type: ignore[method-assign]
+        if before is None:
+            delattr(trainer, method)
+        else:
+            setattr(trainer, method, before)
 
 
 def _steps_of(checkpoint: str) -> int:
@@ -186,10 +227,11 @@ def optimizer_arguments(info: OptimizerInfo, args: TrainingArguments, options: d
     return {**arguments, **options}
 
 
-def trainer_groups(model: torch.nn.Module, weight_decay: float, info: OptimizerInfo) -> list[dict[str, Any]]:
-    """Trainer's own two groups in its order, so that checkpoints move between torch's AdamW and ours; with `agr` in them.
+def trainer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainer's own two groups in its order, so that checkpoints move between torch's AdamW and ours.
 
-    The first decays, the second (biases and norms) does not. Frozen parameters are left out, as Trainer does.
+    The first decays, the second (biases and norms) does not. Frozen parameters are left out, as Trainer does. What a
+    subclass of Trainer decays otherwise is not known here: there the names of `register` serve.
     """
     decayed = private.trainer_decay_names(model)
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
@@ -197,8 +239,6 @@ def trainer_groups(model: torch.nn.Module, weight_decay: float, info: OptimizerI
         {"params": [param for name, param in trainable if name in decayed], "weight_decay": weight_decay},
         {"params": [param for name, param in trainable if name not in decayed], "weight_decay": 0.0},
     ]
-    if "agr" in inspect.signature(info.cls).parameters:
-        set_agr_flags([group for group in groups if group["params"]], model)
     return groups
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from agr_hf.optim.adam import adam_, can_fuse, fold_psi_into_momentum, fused_adam_
 from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.backends.multi_tensor import Scalar
-from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.flags import agr_flags, unwrapped
 from agr_hf.optim.hyperparameters import is_count
 from agr_hf.optim.norms import is_dtensor, l1_norms, local, reduced
-from agr_hf.optim.step import StepOptimizer
+from agr_hf.optim.step import StepOptimizer, check_not_flat, check_not_flattened, shape_of
 from agr_hf.optim.work import Batch
 
 
@@ -239,9 +239,12 @@ class AGRHandle:
     def __init__(self, optimizer: torch.optim.Optimizer, min_ndim: int, steps: int | None) -> None:
         self.min_ndim = min_ndim
         self.steps = steps
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._made_with = [shape_of(group) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
+            for param in group["params"]:
+                check_not_flat("attach_agr", param)
             group.setdefault("agr_step", 0)
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
         _ATTACHED[optimizer] = self
 
     def remove(self) -> None:
@@ -273,8 +276,14 @@ class AGRHandle:
     def _advance(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Parameters that Psi applies to in this step. The count lives in the group, so that checkpoints keep it."""
         active: list[Tensor] = []
+        check_not_flattened("attach_agr", optimizer.param_groups, self._made_with)
         for group in optimizer.param_groups:
-            done = group.setdefault("agr_step", 0)  # a group may have been added since
+            if (
+                "agr_step" not in group
+            ):  # of a state saved without AGR, whose steps are steps of the run, or added since
+                steps = [optimizer.state[p]["step"] for p in group["params"] if "step" in optimizer.state.get(p, {})]
+                group["agr_step"] = int(max(map(float, steps), default=0))
+            done = group["agr_step"]
             if self.steps is None or done < self.steps:
                 active += [param for param, flag in zip(group["params"], agr_flags(group), strict=True) if flag]
             group["agr_step"] = done + 1
@@ -310,11 +319,10 @@ def attach_agr(optimizer: torch.optim.Optimizer, *, min_ndim: int = 2, steps: in
     Raises:
         TypeError: `optimizer` is no torch optimizer, or already applies AGR itself.
         RuntimeError: AGR is attached to it already.
-        ValueError: `min_ndim` or `steps` is no whole number >= 0.
+        ValueError: `min_ndim` or `steps` is no whole number >= 0, or a parameter is a flat one of FSDP1. A step raises
+            RuntimeError where DeepSpeed ZeRO has flattened the layers since.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        optimizer = inner  # accelerate's wrapper never runs its own hooks
+    optimizer = unwrapped(optimizer)  # accelerate's wrapper never runs its own hooks
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"attach_agr takes a torch.optim.Optimizer, but {type(optimizer).__name__} was given")
     base = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead

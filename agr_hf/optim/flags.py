@@ -1,9 +1,11 @@
-"""A group's `agr`: one answer for all of its parameters, or one for each."""
+"""A group's `agr`: one answer for all of its parameters, or one for each; and the optimizer that has the groups."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 
 def agr_flags(group: Mapping[str, Any]) -> list[bool]:
@@ -17,3 +19,9 @@ def agr_flags(group: Mapping[str, Any]) -> list[bool]:
             "group or taken out of it, do the same to its list, or set it to True or False"
         )
     return list(flags)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer

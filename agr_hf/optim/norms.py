@@ -1,6 +1,7 @@
 """The one reduction: sum|g| of each gradient, whole or sharded."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +101,11 @@ def reduced(grad: Tensor, like: Tensor | None = None) -> Tensor:
     return grad if wanted == placements else grad.redistribute(placements=wanted)  # type: ignore[attr-defined]
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the tensors that may share one multi-tensor call."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -150,7 +156,8 @@ def add_over_shards(rows: list[list[Tensor]], tensors: Sequence[Tensor]) -> list
         rows: some sums (of magnitudes, of squares), each a list with one 0-dim tensor for each of `tensors`.
         tensors: the tensors they are sums of; those that are no DTensor keep their sums.
 
-    Every sum of one mesh travels in one vector: a single all-reduce for each mesh dimension that shards anything.
+    Every sum of one mesh travels in one vector: a single all-reduce where one dimension shards anything or the mesh has all
+    ranks, else one for each dimension that does.
     """
     meshes: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -160,17 +167,29 @@ def add_over_shards(rows: list[list[Tensor]], tensors: Sequence[Tensor]) -> list
         if mesh.get_coordinate() is None:  # type: ignore[attr-defined]
             continue  # a mesh of other ranks: nothing of its tensors is here
         flat = torch.stack([row[i].double() if row[i].is_cpu else row[i] for row in rows for i in indices])
-        for dim in range(mesh.ndim):  # type: ignore[attr-defined]
-            sharded = [not tensors[i].placements[dim].is_replicate() for i in indices]  # type: ignore[attr-defined]
-            if not any(sharded):
-                continue
-            if mesh.get_local_rank(dim):  # type: ignore[attr-defined]
-                # A replicated tensor's sum is complete on every rank: only rank 0 brings it, or it would count twice.
-                mine = torch.tensor(sharded * len(rows), device=flat.device)
-                flat = torch.where(mine, flat, torch.zeros_like(flat))
-            torch.distributed.all_reduce(flat, group=mesh.get_group(dim))  # type: ignore[attr-defined]
+        for dims in _reduced_together(mesh, [tensors[i] for i in indices]):
+            # A replicated tensor's sum is complete on every rank: only rank 0 brings it, or it would count twice.
+            mine = [all(_shards(tensors[i], d) or mesh.get_local_rank(d) == 0 for d in dims) for i in indices]  # type: ignore[attr-defined]
+            if not all(mine):
+                # No mask: a list of the host's would be waited for by a device.
+                kept = zip(flat.unbind(), mine * len(rows), strict=True)
+                flat = torch.stack([total if keep else torch.zeros_like(total) for total, keep in kept])
+            group = mesh.get_group(dims[0]) if len(dims) == 1 else None  # type: ignore[attr-defined]
+            torch.distributed.all_reduce(flat, group=group)
         totals = iter(flat.unbind())
         for row in rows:
             for i in indices:
                 row[i] = next(totals).to(row[i].dtype)
     return rows
+
+
+def _shards(tensor: Tensor, dim: int) -> bool:
+    return not tensor.placements[dim].is_replicate()  # type: ignore[attr-defined]
+
+
+def _reduced_together(mesh: Any, tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Dimensions of a mesh over which anything is sharded, those in one list by one all-reduce."""
+    dims = [dim for dim in range(mesh.ndim) if any(_shards(tensor, dim) for tensor in tensors)]
+    if len(dims) > 1 and mesh.size() == torch.distributed.get_world_size():
+        return [list(range(mesh.ndim))]  # the default group is there already; a mesh of fewer ranks has none of its own
+    return [[dim] for dim in dims]

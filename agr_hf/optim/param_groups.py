@@ -24,7 +24,8 @@ MAGNITUDES = ("weight_g", "weight.original0")
 def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """Parameter groups by layer type: the weights of Linear, Conv and transformers' Conv1D layers get `agr=True`.
 
-    Biases, norms, embeddings and bare parameters (position embeddings, class tokens, layer scales) get `agr=False`.
+    Biases, norms, embeddings and bare parameters (position embeddings, class tokens, layer scales, and the experts and
+    routers that transformers keeps so in its mixtures of experts) get `agr=False`.
     Biases, norms and every tensor of fewer than two dimensions do not decay. A weight that an embedding shares with a
     Linear layer (tied input and output embeddings) counts as an embedding. Frozen parameters are included, so that they
     train when they are unfrozen later; non-floating (quantized) ones are not.
@@ -39,7 +40,7 @@ def agr_param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: the model has no floating-point parameters, or `weight_decay` is negative.
+        ValueError: the model has no floating-point parameters, some are lazy, or `weight_decay` is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -72,7 +73,7 @@ def set_agr_flags(groups: Iterable[dict[str, Any]], model: nn.Module) -> None:
     regularized, _ = by_layer_type(model)
     for group in groups:
         flags = [param in regularized for param in group["params"]]
-        group["agr"] = flags[0] if len(set(flags)) == 1 else flags
+        group["agr"] = any(flags) if len(set(flags)) < 2 else flags
 
 
 def by_layer_type(model: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
@@ -81,13 +82,19 @@ def by_layer_type(model: nn.Module) -> tuple[set[Tensor], set[Tensor]]:
     embeddings: set[Tensor] = set()
     undecayed: set[Tensor] = set()
     for module in model.modules():
-        norm = "norm" in type(module).__name__.lower()
+        full = isinstance(module, REGULARIZED_LAYERS) or _is_transformers_conv1d(module)
+        norm = "norm" in type(module).__name__.lower() and not full  # a NormalizedLinear is a Linear
         for name, param in _own_parameters(module):
+            if nn.parameter.is_lazy(param):
+                raise ValueError(
+                    f"{name} of a {type(module).__name__} has no shape yet, and shapes say which weights decay; run the "
+                    "model on one batch before its parameters are grouped"
+                )
             if param.ndim < 2 or norm or "bias" in name or name in MAGNITUDES:
                 undecayed.add(param)
             elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 embeddings.add(param)
-            elif isinstance(module, REGULARIZED_LAYERS) or _is_transformers_conv1d(module):
+            elif full:
                 regularized.add(param)
     return regularized - embeddings, undecayed
 

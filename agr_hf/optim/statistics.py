@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from agr_hf.optim.backends.cpu import BLOCK
 from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.norms import local, reduced
+from agr_hf.optim.norms import local, reduced, widest
 from agr_hf.optim.param_groups import by_layer_type
 
 
@@ -57,12 +57,6 @@ def agr_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tu
     return [(n, p.grad) for n, p in model.named_parameters() if id(p) in wanted and p.grad is not None]
 
 
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
 @torch.no_grad()
 def gradient_statistics(named_grads: Iterable[tuple[str, Tensor]]) -> dict[str, GradientSummary]:
     """Statistics of each gradient by name, and of all together under "overall".
@@ -97,14 +91,15 @@ def gradient_statistics(named_grads: Iterable[tuple[str, Tensor]]) -> dict[str, 
 def _sums(grad: Tensor) -> Tensor:
     """numel, l1 norm, largest magnitude, ||Psi(g) - g||^2, ||g||^2, number of nonzeros, sums of ln|g| and ln^2|g|.
 
-    In float64, summed over blocks that stay in the CPU's cache; on other devices one block is the whole.
+    In float64 (see `widest`), summed over blocks that stay in the CPU's cache; on other devices one block is the whole.
     """
     numel = grad.numel()
     blocks = grad.flatten().split(BLOCK if grad.is_cpu else numel)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     firsts = [(size.sum(), size.max()) for size in (block.abs().to(dtype) for block in blocks)]
-    l1 = torch.stack([total.double() for total, _ in firsts]).sum()
-    largest = torch.stack([most for _, most in firsts]).max().double()
+    wide = widest(grad.device)
+    l1 = torch.stack([total.to(wide) for total, _ in firsts]).sum()
+    largest = torch.stack([most for _, most in firsts]).max().to(wide)
     # In units of the mean magnitude, so that fourth powers neither vanish nor overflow in float32, and logarithms lie
     # around zero, where the difference of their sums keeps its digits.
     mean = l1 / numel
@@ -135,7 +130,7 @@ def _block_sums(block: Tensor, scale: Tensor) -> Tensor:
     sums = [present.sum(), logs.sum(), logs.square_().sum()]
     squares = unit.square_()
     sums = [squares.sum(), squares.square().sum(), *sums]
-    return torch.stack([total.double() for total in sums])
+    return torch.stack([total.to(widest(block.device)) for total in sums])
 
 
 def _statistics(rows: list[list[float]]) -> GradientSummary:

@@ -7,23 +7,24 @@ L2 decay, late parameters, checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends.capture import check_graph_capture
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.hyperparameters import check_group, with_plain_numbers
 from agr_hf.optim.layout import Layout
-from agr_hf.optim.norms import is_dtensor, local, placed_like, reduced
+from agr_hf.optim.norms import is_dtensor, local, placed_like, reduced, widest
 from agr_hf.optim.reduction import reduce_norms
 from agr_hf.optim.work import Batch, Work, batches
 
 # How a step is computed is this run's choice; what it computes is the checkpoint's.
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
 # Keys of torch's optimizers that mean nothing here, and would mislead a torch optimizer that loads our state later.
-FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay")
+FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay", "decoupled")
 # A key of AdaL's groups alone: its moments are of gradients multiplied by their norm, under the same names as Adam's.
 ADAL_KEY = "decoupled"
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,7 +36,7 @@ class StepOptimizer(torch.optim.Optimizer):
     """Base of the package's optimizers. A subclass states its state and its rule:
 
     - `state_keys`: names of the state tensors shaped like the parameter;
-    - `scalar_state`: names of per-parameter 0-dim state tensors with their first values (kept in float64);
+    - `scalar_state`: names of per-parameter 0-dim state tensors with their first values (kept in float64, where there is);
     - `required_state`: names of `scalar_state` without which a loaded state means nothing;
     - `uses_norms`: whether the rule needs every l1 norm (AGR's are asked for where Psi applies);
     - `fused_devices`: types of the devices on which it has a one-pass kernel;
@@ -84,7 +85,7 @@ class StepOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         with_plain_numbers(group)
-        self._made_with.append(_shape_of(group))
+        self._made_with.append(shape_of(group))
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -100,26 +101,7 @@ class StepOptimizer(torch.optim.Optimizer):
                 f"shape {tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
                 "quantized ones (integers, float8) out"
             )
-        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
-            raise ValueError(
-                f"{name} needs each layer's own gradient, but FSDP1 has flattened the layers of this model into one "
-                f"parameter of {param.numel()} elements; use FSDP2 (torch.distributed.fsdp.fully_shard, or "
-                "fsdp_version: 2 in the accelerate config), or FSDP1 with use_orig_params=True and ShardingStrategy."
-                "NO_SHARD"
-            )
-
-    def _check_not_flattened(self) -> None:
-        """DeepSpeed ZeRO swaps a group's parameters for one flat partition after the optimizer was made."""
-        if len(self.param_groups) != len(self._made_with):
-            return  # the user edited the groups
-        for group, (matrices, vectors) in zip(self.param_groups, self._made_with, strict=True):
-            params = group["params"]
-            if matrices and len(params) == 1 and params[0].ndim == 1 and id(params[0]) not in vectors:
-                raise RuntimeError(
-                    f"{type(self).__name__} was made for a group with {matrices} matrices and finds one flat tensor of "
-                    f"{params[0].numel()} elements now: the layers were flattened (DeepSpeed ZeRO does so), and each "
-                    "layer's own gradient is needed; use FSDP2 or DDP, or ZeRO stage 0"
-                )
+        check_not_flat(name, param)
 
     # ---- the step
 
@@ -140,7 +122,8 @@ class StepOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_not_flattened()
+        check_graph_capture(self)
+        check_not_flattened(type(self).__name__, self.param_groups, self._made_with)
         self._check_gradients()
         works = [work for group in self.param_groups for work in self._collect(group)]
         if works:
@@ -168,6 +151,11 @@ class StepOptimizer(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"{type(self).__name__} does not take sparse gradients, but one of layout {grad.layout} and shape "
                         f"{tuple(grad.shape)} was given; make the embedding with sparse=False"
+                    )
+                if grad is not None and grad.shape != param.shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: a gradient has the shape {tuple(grad.shape)} and its parameter "
+                        f"{tuple(param.shape)}; the parameter was changed since: compute the gradient anew"
                     )
                 if grad is not None and param in self.state:
                     self._check_shapes(param, self.state[param])
@@ -220,7 +208,8 @@ class StepOptimizer(torch.optim.Optimizer):
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         for key, value in self.scalar_state.items():
             # With the gradients: a norm of a GPU's gradient must never be waited for.
-            state[key] = torch.tensor(value, dtype=torch.float64, device=local(param).device)
+            on = local(param).device
+            state[key] = torch.full((), value, dtype=widest(on), device=on)  # filled there: a copy would be waited for
 
     def _local_state(self, param: Tensor, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
         locals_: dict[str, Tensor] = {}
@@ -244,7 +233,7 @@ class StepOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "defaults" in state:  # unpickled or copied; load_state_dict looks after its own groups
-            self._made_with = [_shape_of(group) for group in self.param_groups]
+            self._made_with = [shape_of(group) for group in self.param_groups]
             for group in self.param_groups:
                 _complete(group, self.defaults, self.state)
 
@@ -264,30 +253,37 @@ class StepOptimizer(torch.optim.Optimizer):
             ValueError: the groups do not match, or the state was saved by an optimizer with other state keys.
         """
         final: dict[str, Any] = {}
+        before = [dict(group) for group in self.param_groups]
 
         def remember(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
             self._check_loadable(given)
             final.update(given)
 
-        before = [dict(group) for group in self.param_groups]
-        # A hook sees the state as other hooks leave it, and before torch rounds it to the parameters' dtype.
-        handle = self.register_load_state_dict_pre_hook(remember)
+        def restore(_: torch.optim.Optimizer) -> None:
+            ids = [i for group in final["param_groups"] for i in group["params"]]
+            params = [param for group in self.param_groups for param in group["params"]]
+            groups = [group for group in self.param_groups for _ in group["params"]]
+            for i, param, group in zip(ids, params, groups, strict=True):
+                if i in final["state"]:
+                    self._restore(param, group, final["state"][i])
+            for group, old in zip(self.param_groups, before, strict=True):
+                for key in set(FOREIGN_KEYS) - set(self.defaults):
+                    group.pop(key, None)
+                for key in IMPLEMENTATION_KEYS:
+                    group[key] = old[key]
+                _complete(group, old, self.state)
+
+        # The user's own hooks come before the one, which sees what they leave before torch rounds it to the parameters'
+        # dtype, and after the other.
+        handles = [
+            self.register_load_state_dict_pre_hook(remember),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        ids = [i for group in final["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for i, param, group in zip(ids, params, groups, strict=True):
-            if i in final["state"]:
-                self._restore(param, group, final["state"][i])
-        for group, old in zip(self.param_groups, before, strict=True):
-            for key in FOREIGN_KEYS:
-                group.pop(key, None)
-            for key in IMPLEMENTATION_KEYS:
-                group[key] = old[key]
-            _complete(group, old, self.state)
+            for handle in handles:
+                handle.remove()
 
     def _check_loadable(self, given: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -311,6 +307,9 @@ class StepOptimizer(torch.optim.Optimizer):
                 "fits the groups that it was saved of; make the optimizer with those, and tell it afterwards where AGR "
                 "applies (agr_hf.optim.param_groups.set_agr_flags(optimizer.param_groups, model))"
             )
+        for group, own in zip(given["param_groups"], self.param_groups, strict=True):
+            kept = {key: own[key] for key in ("params", *IMPLEMENTATION_KEYS)}
+            check_group({**own, **group, **kept}, f"the state that {name} loads", self.betas_count)
         ids = [i for group in given["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         needed = ("step", *self.state_keys, *self.required_state)
@@ -325,6 +324,15 @@ class StepOptimizer(torch.optim.Optimizer):
                     f"that of parameter {i} holds {', '.join(map(str, state))}; start {name} afresh"
                 )
             self._check_shapes(param, state)
+        for group in given["param_groups"]:
+            decoupled = group.get("decoupled_weight_decay")  # torch's Adam and AdamW say so
+            ours = not self.l2_decay({**self.defaults, **group})
+            if decoupled is not None and group.get("weight_decay") and decoupled != ours:
+                kinds = ("decoupled", "L2") if decoupled else ("L2", "decoupled")
+                raise ValueError(
+                    f"this state was saved with a weight decay of {group['weight_decay']} that is {kinds[0]}, and that of "
+                    f"{name} is {kinds[1]}; load it into {'AGRAdamW' if decoupled else 'AGRAdam'}, or start {name} afresh"
+                )
 
     def _restore(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         """Undo the rounding of torch's load_state_dict, which casts moments to the parameter's dtype."""
@@ -337,13 +345,45 @@ class StepOptimizer(torch.optim.Optimizer):
             state[key] = placed_like(saved[key], param).to(device=device, dtype=dtype, copy=True)
         for key, first in self.scalar_state.items():
             value = saved.get(key, first)
-            state[key] = torch.as_tensor(value, dtype=torch.float64).to(device, copy=True)
+            state[key] = torch.as_tensor(value, dtype=torch.float64).to(device, widest(device), copy=True)
         # A fused or capturable optimizer of torch keeps it on the device, where reading it would stall every step.
         step = torch.as_tensor(saved["step"], dtype=torch.float32)
         state["step"] = step.to(device if group["capturable"] else "cpu", copy=True)
 
 
-def _shape_of(group: dict[str, Any]) -> tuple[int, set[int]]:
+def check_not_flat(name: str, param: Tensor) -> None:
+    """Raise ValueError for a flat parameter of FSDP1."""
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} needs each layer's own gradient, but FSDP1 has flattened the layers of this model into one "
+            f"parameter of {param.numel()} elements; use FSDP2 (torch.distributed.fsdp.fully_shard, or "
+            "fsdp_version: 2 in the accelerate config), or FSDP1 with use_orig_params=True and ShardingStrategy."
+            "NO_SHARD"
+        )
+
+
+def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], made_with: Sequence[tuple[int, set[int]]]) -> None:
+    """Raise RuntimeError where DeepSpeed ZeRO swapped a group's parameters for one flat partition, after `name` was made.
+
+    Args:
+        name: of the optimizer, for the message.
+        groups: as they are.
+        made_with: `shape_of` each group as it was.
+    """
+    if len(groups) != len(made_with):
+        return  # the user edited the groups
+    for group, (matrices, vectors) in zip(groups, made_with, strict=True):
+        params = group["params"]
+        if matrices and len(params) == 1 and params[0].ndim == 1 and id(params[0]) not in vectors:
+            raise RuntimeError(
+                f"{name} was made for a group with {matrices} matrices and finds one flat tensor of {params[0].numel()} "
+                "elements now: the layers were flattened (DeepSpeed ZeRO does so), and each layer's own gradient is needed; "
+                "use FSDP2 or DDP, or ZeRO stage 0"
+            )
+
+
+def shape_of(group: dict[str, Any]) -> tuple[int, set[int]]:
+    """How many matrices a group has, and which vectors."""
     params = group["params"]
     return sum(param.ndim > 1 for param in params), {id(param) for param in params if param.ndim < 2}
 

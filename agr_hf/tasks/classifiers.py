@@ -134,6 +134,10 @@ def architecture(name: str, size: int, channels: int) -> tuple[str, dict[str, An
         return name, {**arguments, "img_size": size}
     if size > 111:
         return name, arguments
+    if name.startswith("vgg") and size < 32:
+        raise ValueError(
+            f"{name} halves images five times: {size} pixels are too few; pass --image_size 32, or another name"
+        )
     if name in SMALL_STEMS:
         return f"{name}_small_images", arguments
     if name.startswith("vit_"):

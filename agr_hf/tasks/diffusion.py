@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.files import replaced_file
-from agr_hf.optim.statistics import agr_gradients, gradient_statistics, unwrapped
+from agr_hf.optim.flags import unwrapped
+from agr_hf.optim.statistics import agr_gradients, gradient_statistics
+from agr_hf.tasks.epochs import mixed_seed
 
 # What all of them share: the sinusoidal embedding and the constants of Ho et al.'s TensorFlow code, as diffusers converted
 # them for google/ddpm-cifar10-32.
@@ -23,6 +25,7 @@ UNETS: dict[str, dict[str, Any]] = {
     # 35,746,307 parameters with 3 channels (the paper, appendix B: 35.7 million): attention at 16x16 only.
     "ddpm-cifar10": {
         **_DDPM,
+        "dropout": 0.1,  # Ho et al., appendix B; diffusers' converted checkpoint, which is not for training, has 0
         "block_out_channels": (128, 256, 256, 256),
         "layers_per_block": 2,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
@@ -58,7 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dataset_name": "digits",
         "unet": "tiny",
         "optim": "agr_adan",
-        "train_batch_size": 64,
+        "total_batch_size": 64,
         "num_epochs": 25,
         "learning_rate": 2e-3,
         "lr_warmup_steps": 50,
@@ -71,7 +74,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dataset_name": "cifar10",  # section 5
         "unet": "ddpm-cifar10",  # section 5.2: DDPM with its U-Net; Ho et al., appendix B: 35.7 million parameters
         "optim": "agr_adan",  # table 2, last row
-        "train_batch_size": 128,  # section 5.2; of all processes together
+        "total_batch_size": 128,  # section 5.2
         "num_epochs": 2000,  # section 5.2
         "learning_rate": 2e-4,  # Ho et al., appendix B
         "lr_warmup_steps": 200,  # the AGR authors' code
@@ -82,7 +85,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ddpm_num_inference_steps": 100,  # section 5.2: DDIM with 100 steps
         "num_eval_samples": 50_000,  # table 1: 50,000 images for IS and FID
         "fid": True,  # tables 1 and 2
-        # Table 7 stops AGR after 1,200 of the 2,000 epochs: --agr_steps 468000. The rows of table 2 do not.
+        # Table 7 stops AGR after 1,200 of the 2,000 epochs of 390 steps: --agr_steps 468000. The rows of table 2 do not.
     },
 }
 
@@ -132,11 +135,7 @@ def batch_generator(seed: int, batch: int, process: int, device: torch.device | 
     Noise, timesteps and flips drawn from it make a resumed run equal to one never stopped, however many samples were
     drawn on the way and whatever the data loader took from torch's global state.
     """
-    import numpy
-
-    # Mixed, because torch's generator on the CPU looks at 32 bits of its seed only.
-    mixed = numpy.random.SeedSequence([seed, batch, process]).generate_state(1, numpy.uint32)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
+    return torch.Generator(device).manual_seed(mixed_seed(seed, batch, process))
 
 
 def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
@@ -146,7 +145,8 @@ def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch
         model: the U-Net, wrapped or not.
         scheduler: of `ddpm_scheduler()`.
         images: (n, channels, size, size), uint8, on the model's device.
-        generator: on the same device; draws timesteps (n,), flips (n,) and the noise.
+        generator: on the same device; draws timesteps (n,), flips (n,) and the noise. Its seed becomes that of torch's
+            global state, from which dropout draws: a resumed run has the masks of one never stopped.
         flip: mirror each image with probability 1/2.
 
     Returns:
@@ -160,6 +160,7 @@ def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch
     timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (n,), device=device, generator=generator)
     noise = torch.randn(clean.shape, device=device, generator=generator)
     noisy = scheduler.add_noise(clean, noise, timesteps)
+    torch.manual_seed(generator.initial_seed())
     return torch.nn.functional.mse_loss(model(noisy, timesteps).sample.float(), noise)
 
 

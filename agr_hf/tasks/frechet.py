@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNet
             "'PACKAGE.MODULE:FACTORY'"
         )
     if kind == "timm":
-        network, reported = _timm_network(rest), rest
+        network, reported = _timm_network(rest), name
     elif kind == "resnet20":
         network, reported = _resnet20(rest), "resnet20"
     else:
@@ -174,7 +175,8 @@ def image_statistics(
     """
     path, identity = None, f"{network.identity} {tuple(images.shape)} {_digest(images)}"
     if cache_dir is not None:
-        path = Path(cache_dir) / f"{network.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+        name = re.sub(r"[^0-9A-Za-z._-]+", "-", network.name)
+        path = Path(cache_dir) / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
         if path.exists():
             try:
                 return load_statistics(path, identity)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from agr_hf.tasks.digits import load_digits
+from agr_hf.tasks.epochs import mixed_seed
 
 logger = logging.getLogger(__name__)
 
@@ -69,37 +70,65 @@ SOURCES: dict[str, ImageSource] = {
 AUGMENTATIONS = ("none", "flip-crop", "rand-augment")
 
 
-def hub_source(name: str) -> tuple[str, str] | None:
-    """Hub id and revision that a name stands for, or None."""
-    return (SOURCES[name].hub_id, SOURCES[name].revision) if name in SOURCES else None
+def hub_source(name: str, revision: str | None = None) -> tuple[str, str] | None:
+    """Hub id and revision that a name stands for, another revision where one is given; None for a name without either."""
+    if name in SOURCES:
+        return SOURCES[name].hub_id, revision or SOURCES[name].revision
+    return (name, revision) if revision else None
 
 
 @dataclass(frozen=True)
 class ImageData:
     """Two data sets for Trainer, and what a model and its preprocessing must know of them."""
 
-    train: Dataset[dict[str, Any]]
-    test: Dataset[dict[str, Any]]
+    train: ImageRows
+    test: ImageRows
     size: int
     channels: int
     labels: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    test_split: str
 
 
 class ImageRows(Dataset[dict[str, Any]]):
-    """Images kept as bytes (uint8, channels x height x width), turned into float32 pixel values when they are asked for."""
+    """Images kept as bytes (uint8, channels x height x width), turned into float32 pixel values when they are asked for.
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+    Args:
+        images, labels: (n, channels, size, size) uint8, and (n,) int64.
+        transform: of one image.
+        seed: of what the transform draws, with the epoch and the image's index: whoever loads it, in a run stopped and
+            resumed too, draws the same. None for a transform that draws nothing.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor], seed: int | None = None
+    ) -> None:
         self.images = images
         self.labels = labels
         self.transform = transform
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self.transform(self.images[index]), "labels": self.labels[index]}
+        return {"pixel_values": self._pixels(index), "labels": self.labels[index]}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other draws from now on."""
+        self.epoch = epoch
+
+    def _pixels(self, index: int) -> Tensor:
+        if self.seed is None:
+            return self.transform(self.images[index])
+        # torchvision draws from torch's global state, which is the training's.
+        state = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index))
+            return self.transform(self.images[index])
+        finally:
+            torch.set_rng_state(state)
 
 
 def load_images(
@@ -110,6 +139,7 @@ def load_images(
     max_train: int | None = None,
     max_test: int | None = None,
     size: int | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Load a data set by name, from files, or from a folder.
 
@@ -119,9 +149,10 @@ def load_images(
         train_file, test_file: parquet files with columns `image` (or `img`) and `label`, in the place of the Hub.
         augmentation: of the training images: "none", "flip-crop" (random horizontal flip, crop from 4 pixels of padding,
             the standard for CIFAR), or "rand-augment" (flip-crop, then RandAugment).
-        max_train, max_test: at most so many images, the first ones.
+        max_train, max_test: at most so many images, the same random ones in every run.
         size: height and width; other images are resized. Default: that of the named set; of others, that of the first
             image where it is square and of at most 224 pixels, else 224.
+        seed: of the augmentation. Default 0.
 
     Returns:
         The data. Images that cannot be decoded are left out, and named in a warning.
@@ -144,13 +175,14 @@ def load_images(
     if name == "digits" and train_file is None:
         if size not in (None, 8):
             raise ValueError(f"size={size} is not allowed; the digits are 8 x 8")
-        return _digits(augmentation, max_train, max_test)
+        return _digits(augmentation, max_train, max_test, seed)
     source = SOURCES.get(name)
-    train_rows, test_rows = _rows(name, source, train_file, test_file)
-    if max_train is not None:
-        train_rows = train_rows.select(range(min(max_train, len(train_rows))))
-    if max_test is not None:
-        test_rows = test_rows.select(range(min(max_test, len(test_rows))))
+    train_rows, test_rows, test_split = _rows(name, source, train_file, test_file)
+    # Sets are often sorted by label. One shuffle for all seeds: they are to differ in the run, not in the data.
+    if max_train is not None and max_train < len(train_rows):
+        train_rows = train_rows.shuffle(seed=0).select(range(max_train))
+    if max_test is not None and max_test < len(test_rows):
+        test_rows = test_rows.shuffle(seed=0).select(range(max_test))
     size = size or (source.size if source else _own_size(train_rows))
     channels = source.channels if source else 3
     train = _decoded(train_rows, source, size, channels, "train")
@@ -166,7 +198,7 @@ def load_images(
             )
     mean = source.mean if source else (0.485, 0.456, 0.406)
     std = source.std if source else (0.229, 0.224, 0.225)
-    return _image_data(train, test, size, channels, names, mean, std, augmentation)
+    return _image_data(train, test, size, channels, names, mean, std, augmentation, test_split, seed)
 
 
 def _own_size(rows: Any) -> int:
@@ -188,8 +220,21 @@ def _own_size(rows: Any) -> int:
     return width if width == height <= 224 else 224
 
 
-def eight_bits(picture: Any) -> Any:
-    """A PIL image of 16-bit or float grey values (PNG, TIFF) with them from 0 to 255; PIL alone would clip them."""
+def open_image(content: bytes | Path) -> Any:
+    """A decoded PIL image, of encoded bytes or a file; 16-bit and float greys (PNG, TIFF) from 0 to 255.
+
+    Raises:
+        OSError, SyntaxError, ValueError: it is no image, or its grey values are out of range.
+    """
+    from PIL import Image
+
+    with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as file:
+        file.load()
+        return _eight_bits(file)
+
+
+def _eight_bits(picture: Any) -> Any:
+    """PIL alone would clip such grey values."""
     import numpy
     from PIL import Image
 
@@ -205,12 +250,12 @@ def eight_bits(picture: Any) -> Any:
     return Image.fromarray((values / 257).round().astype(numpy.uint8))
 
 
-def _digits(augmentation: str, max_train: int | None, max_test: int | None) -> ImageData:
+def _digits(augmentation: str, max_train: int | None, max_test: int | None, seed: int) -> ImageData:
     splits = load_digits()
     images = {n: ((s.pixel_values + 1) * 127.5).round().to(torch.uint8) for n, s in splits.items()}
     train = images["train"][:max_train], splits["train"].labels[:max_train]
     test = images["test"][:max_test], splits["test"].labels[:max_test]
-    return _image_data(train, test, 8, 1, [str(i) for i in range(10)], (0.3053,), (0.3761,), augmentation)
+    return _image_data(train, test, 8, 1, [str(i) for i in range(10)], (0.3053,), (0.3761,), augmentation, "test", seed)
 
 
 def _image_data(
@@ -222,15 +267,18 @@ def _image_data(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     augmentation: str,
+    test_split: str,
+    seed: int,
 ) -> ImageData:
     return ImageData(
-        ImageRows(*train, transform_of(size, mean, std, augmentation)),
+        ImageRows(*train, transform_of(size, mean, std, augmentation), None if augmentation == "none" else seed),
         ImageRows(*test, transform_of(size, mean, std, "none")),
         size,
         channels,
         names,
         mean,
         std,
+        test_split,
     )
 
 
@@ -250,15 +298,15 @@ def transform_of(
     return compose
 
 
-def _rows(name: str, source: ImageSource | None, train_file: str | None, test_file: str | None) -> tuple[Any, Any]:
+def _rows(name: str, source: ImageSource | None, train_file: str | None, test_file: str | None) -> tuple[Any, Any, str]:
+    """Training rows, test rows, and what the split of the latter is called."""
     import datasets
 
     try:
         if train_file is not None and test_file is not None:
-            files = {"train": train_file, "test": test_file}
-            return tuple(
-                datasets.load_dataset("parquet", data_files=files[s], split="train") for s in ("train", "test")
-            )
+            files = (train_file, test_file)
+            train, test = (datasets.load_dataset("parquet", data_files=file, split="train") for file in files)
+            return train, test, source.splits[1] if source else "test"
         if Path(name).is_dir():
             loaded = datasets.load_dataset("imagefolder", data_dir=name)
         elif source:
@@ -282,7 +330,7 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
     missing = [split for split in splits if split not in loaded]
     if missing:
         raise ValueError(f"the data set {name!r} has the splits {', '.join(loaded)}; {', '.join(missing)} is needed")
-    return loaded[splits[0]], loaded[splits[1]]
+    return loaded[splits[0]], loaded[splits[1]], splits[1]
 
 
 def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, what: str) -> tuple[Tensor, Tensor]:
@@ -302,12 +350,11 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
     for i, row in enumerate(rows):
         value = row[image_column]
         try:
-            content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-            with Image.open(io.BytesIO(content)) as file:
-                picture = eight_bits(file).convert("L" if channels == 1 else "RGB")
-                if picture.size != (size, size):
-                    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-                array = numpy.asarray(picture)
+            picture = open_image(value["bytes"] if value["bytes"] is not None else Path(value["path"]))
+            picture = picture.convert("L" if channels == 1 else "RGB")
+            if picture.size != (size, size):
+                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+            array = numpy.asarray(picture)
         except (OSError, ValueError, SyntaxError) as error:
             broken.append(f"row {i} ({type(error).__name__})")
             continue
@@ -342,21 +389,13 @@ def _label_names(rows: Any, source: ImageSource | None, labels: Tensor) -> list[
     return [str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0)]
 
 
-def top_k_accuracy(scores: Any, labels: Any, k: int) -> float:
-    """Fraction of rows whose label is among the k largest scores; scores (n, classes), labels (n,), numpy arrays.
-
-    Ties go to the lower class index, as torch's topk on the CPU resolves them.
-    """
-    import numpy
-
-    order = numpy.argsort(-numpy.asarray(scores), axis=1, kind="stable")[:, :k]
-    return float((order == numpy.asarray(labels)[:, None]).any(axis=1).mean())
-
-
 def classification_metrics(prediction: Any) -> Mapping[str, float]:
     """For Trainer's `compute_metrics`: top-1 and, with more than five classes, top-5 accuracy, from 0 to 1."""
+    # Not through `evaluate`, which would copy all scores into a table.
+    from agr_hf.metrics.top_k_accuracy.top_k_accuracy import share_in_top_k
+
     scores, labels = prediction.predictions, prediction.label_ids
-    metrics = {"accuracy": top_k_accuracy(scores, labels, 1)}
+    metrics = {"accuracy": share_in_top_k(scores, labels, 1)}
     if scores.shape[1] > 5:
-        metrics["top5_accuracy"] = top_k_accuracy(scores, labels, 5)
+        metrics["top5_accuracy"] = share_in_top_k(scores, labels, 5)
     return metrics

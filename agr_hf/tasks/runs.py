@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import json
 import math
 import os
@@ -12,12 +13,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from agr_hf.environment import environment
 from agr_hf.files import write_text
-from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.statistics import unwrapped
+from agr_hf.optim.flags import agr_flags, unwrapped
 from agr_hf.texts import public
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def write_results(
     epochs: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     seconds: float,
+    device: torch.device,
     gradients: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `results.json`, whole or not at all, and return what it holds.
@@ -64,6 +66,7 @@ def write_results(
         epochs: one mapping for each epoch or evaluation, with its "epoch" (or "step") and metrics.
         metrics: at the end.
         seconds: of training.
+        device: that it ran on.
         gradients: what `gradients_of` says.
     """
     results = {
@@ -81,7 +84,7 @@ def write_results(
         "gradients": gradients or {},
         "epochs": list(epochs),
         "config": {key: value for key, value in config.items() if key not in PRIVATE and not key.startswith("hub_")},
-        **environment(),
+        **environment(device),
     }
     results = plain(results)
     write_text(Path(output_dir) / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
@@ -91,7 +94,8 @@ def write_results(
 def run_main(main: Callable[[], Any]) -> None:
     """Run a script's `main`: what the package or the script itself refuses is said in a sentence, without a traceback.
 
-    Errors that come from elsewhere keep theirs. Processes of a launcher take their leave of each other, as NCCL asks for.
+    Refused is what a `raise` statement there raises; all other errors keep their traceback. Processes of a launcher take
+    their leave of each other, as NCCL asks for.
 
     Raises:
         SystemExit: something was refused.
@@ -99,12 +103,11 @@ def run_main(main: Callable[[], Any]) -> None:
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        frame = error.__traceback__
-        while frame and frame.tb_next:
-            frame = frame.tb_next
-        place = Path(frame.tb_frame.f_code.co_filename) if frame else Path()
+        last = error.__traceback__
+        while last and last.tb_next:
+            last = last.tb_next
         script = Path(main.__code__.co_filename)
-        if place.resolve() == script.resolve() or place.resolve().is_relative_to(Path(__file__).resolve().parents[1]):
+        if last and _raised_by_us(last, script):
             raise SystemExit(f"{script.name}: {error}") from None
         raise
     from torch import distributed
@@ -113,13 +116,23 @@ def run_main(main: Callable[[], Any]) -> None:
         distributed.destroy_process_group()
 
 
+def _raised_by_us(last: TracebackType, script: Path) -> bool:
+    code = last.tb_frame.f_code
+    place = Path(code.co_filename).resolve()
+    ours = place == script.resolve() or place.is_relative_to(Path(__file__).resolve().parents[1])
+    return ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
 def refuse_used(output_dir: str | os.PathLike[str], resume: str | None) -> None:
     """Raise ValueError where a new run would overwrite another one, or leave its checkpoints among its own."""
     folder = Path(output_dir)
-    if resume is None and ((folder / "results.json").exists() or next(folder.glob("checkpoint-*"), None)):
+    finished, saved = (folder / "results.json").exists(), next(folder.glob("checkpoint-*"), None)
+    if resume is None and (finished or saved):
         raise ValueError(
             f"{folder} holds a run already; go on with it (--resume_from_checkpoint latest), or pass another --output_dir"
         )
+    if resume == "latest" and finished and not saved:
+        raise ValueError(f"{folder} holds a finished run without checkpoints to go on from; pass another --output_dir")
 
 
 def plain(value: Any) -> Any:
@@ -169,9 +182,17 @@ def commit() -> str | None:
 
 
 def dataset_of(
-    name: str, examples: int, files: Sequence[str | None] = (), pinned: tuple[str, str] | None = None
+    name: str,
+    examples: int,
+    files: Sequence[str | None] = (),
+    pinned: tuple[str, str] | None = None,
+    *,
+    split: str,
+    evaluated: int | None = None,
+    complete: bool = True,
+    config: str | None = None,
 ) -> dict[str, Any]:
-    """What a run was trained on, for `results.json`: of files, only their names are known to others.
+    """What a run was trained and evaluated on, for `results.json`: of files, only their names are known to others.
 
     Args:
         name: as the script was given it: of a data set that comes with a package, a local folder or file, or a Hub id.
@@ -179,14 +200,21 @@ def dataset_of(
         files: given in the place of the data set; None entries are left out. The default set's name is not theirs: where
             no other was given, they are called as the first of them.
         pinned: Hub id and revision that the name stands for.
+        split: that the metrics are of.
+        evaluated: number of its examples that they are of.
+        complete: whether these are all that the split has.
+        config: configuration of a Hub data set that has several.
     """
+    evaluation = {"split": split, "evaluated": evaluated, "complete": complete}
     given = [Path(file).name for file in files if file is not None]
     if given and name in EMBEDDED:
         name = Path(given[0]).stem
     if given or Path(name).exists():
-        return {"name": Path(name).name, "files": given, "examples": examples}
+        return {"name": Path(name).name, "files": given, "examples": examples, **evaluation}
     hub_id, revision = pinned or (None if name in EMBEDDED else name, None)
-    return {"name": name, "hub_id": hub_id, "revision": revision, "examples": examples}
+    return {
+        "name": name, "hub_id": hub_id, "revision": revision, "config": config, "examples": examples, **evaluation
+    }  # fmt: skip
 
 
 def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -212,20 +240,29 @@ def gradients_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         "measurements", "overall" and "layers", each a mapping of the statistics; empty where nothing was measured.
     """
-    values: dict[str, dict[str, list[float]]] = {}
+    values: dict[str, dict[str, list[tuple[float, float]]]] = {}
     measurements = 0
     for entry in entries:
-        measurements += "gradients/overall/effect" in entry
+        if not any(key.startswith("gradients/") for key in entry):
+            continue
+        weight = entry.get("gradients/overall/measurements", 1)
+        measurements += weight
         for key, value in entry.items():
-            if key.startswith("gradients/"):
-                name, statistic = key.removeprefix("gradients/").rsplit("/", 1)
-                values.setdefault(name, {}).setdefault(statistic, []).append(value)
+            name, _, statistic = key.removeprefix("gradients/").rpartition("/")
+            if key.startswith("gradients/") and statistic != "measurements":
+                values.setdefault(name, {}).setdefault(statistic, []).append((value, weight))
     if not measurements:
         return {}
     layers = {
-        name: {key: max(of) if key == "largest_share" else sum(of) / len(of) for key, of in statistics.items()}
+        name: {
+            key: max(value for value, _ in of)
+            if key == "largest_share"
+            else sum(value * weight for value, weight in of) / sum(weight for _, weight in of)
+            for key, of in statistics.items()
+        }
         for name, statistics in values.items()
     }
+    layers.setdefault("overall", {})
     return {"measurements": measurements, "overall": layers.pop("overall"), "layers": layers}
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from agr_hf.metrics import metric_path
 from agr_hf.tasks.text import Article, split_sentences
@@ -132,24 +131,6 @@ def _pieces(begins: Sequence[bool], limit: int) -> list[tuple[int, int]]:
         pieces.append((low, high))
         low = high
     return [*pieces, (low, len(begins))] if low < len(begins) else pieces
-
-
-class EpochOfChunks(TrainerCallback):
-    """Tell the training data which epoch it is.
-
-    accelerate does so only where the sampler takes no epoch itself; in runs of several processes it does, and every epoch
-    would have the masks of the first (`DataLoaderShard.set_epoch`, accelerate 1.15). The epoch does not reach workers that
-    outlive it (`dataloader_persistent_workers`).
-    """
-
-    def __init__(self, data: SentenceChunks) -> None:
-        self.data = data
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # A run resumed in the middle of epoch 3 says 3.5; sums of fractions may say 2.9999999.
-        self.data.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 @dataclass

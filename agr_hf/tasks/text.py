@@ -174,12 +174,17 @@ def hub_source(name: str) -> tuple[str, str] | None:
     return (name, PINNED[name][1]) if name in PINNED else None
 
 
+def default_config(name: str) -> str | None:
+    """The configuration that a Hub data set is read with where none is given, or None."""
+    return PINNED[name][0] if name in PINNED else None
+
+
 def _from_hub(name: str, split: str, config: str | None) -> Sequence[str]:
     from datasets import load_dataset
 
-    pinned, revision = PINNED.get(name, (None, None))
+    _, revision = PINNED.get(name, (None, None))
     try:
-        data = load_dataset(name, config or pinned, split=split, revision=revision)
+        data = load_dataset(name, config or default_config(name), split=split, revision=revision)
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         raise ValueError(
             f"the data set {name!r} could not be had from the Hub ({type(error).__name__}) and is no local file or folder; "

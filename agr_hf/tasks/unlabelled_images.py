@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from agr_hf.tasks.digits import load_digits
-from agr_hf.tasks.images import SOURCES, eight_bits
+from agr_hf.tasks.images import SOURCES, open_image
 
 logger = logging.getLogger(__name__)
 
 IMAGE_FILES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def load_images(
+def load_unlabelled_images(
     source: str | os.PathLike[str],
     *,
     split: str = "train",
@@ -162,15 +161,10 @@ def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
     import numpy
     from PIL import Image, ImageOps
 
-    if isinstance(content, Tensor):
-        content = content[0].numpy()
-        opened: Any = Image.fromarray(content)
-    else:
-        opened = Image.open(content if isinstance(content, Path) else io.BytesIO(content))
-    with opened as picture:
-        grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "I", "I;16", "F", "LA"))
-        picture = eight_bits(picture).convert("L" if grey else "RGB")
-        if size is not None and picture.size != (size, size):
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(numpy.array(picture))
+    picture = Image.fromarray(content[0].numpy()) if isinstance(content, Tensor) else open_image(content)
+    grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "LA"))
+    picture = picture.convert("L" if grey else "RGB")
+    if size is not None and picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(numpy.array(picture))
     return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()

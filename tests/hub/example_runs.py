@@ -43,7 +43,16 @@ def made_up(folder, value=1.0, **changes):
         "finished": "2026-11-22T00:00:00+00:00",
         "seconds": 12.5,
         "metrics": {"accuracy": value / 10, "loss": 1 / value},
-        "dataset": {"name": "cifar10", "hub_id": "uoft-cs/cifar10", "revision": "0b27149", "examples": 100},
+        "dataset": {
+            "name": "cifar10",
+            "hub_id": "uoft-cs/cifar10",
+            "revision": "0b27149",
+            "config": None,
+            "examples": 100,
+            "split": "test",
+            "evaluated": 50,
+            "complete": True,
+        },
         "optimizer_groups": [{"lr": 1e-3, "betas": [0.9, 0.999], "tensors": 2, "parameters": 12}],
         "gradients": {
             "measurements": 2,

@@ -59,8 +59,35 @@ def test_the_newer_evaluation_file(results):
         "id": "uoft-cs/cifar10", "task_id": "image-classification_accuracy", "revision": "0b27149",
     }  # fmt: skip
     assert entry["value"] == results["metrics"]["accuracy"]
-    results["dataset"]["hub_id"] = None
-    assert evaluation_file(results) is None
+    assert evaluation_file({**results, "dataset": {**results["dataset"], "hub_id": None}}) is None
+    assert evaluation_file({**results, "dataset": {**results["dataset"], "complete": False}}) is None
+    for metrics in ({"loss": 0.1}, {"loss": 0.1, "frechet_distance_pixels": 3.0}):
+        assert evaluation_file({**results, "metrics": metrics}) is None
+
+
+def test_the_card_says_what_the_metrics_are_of(results):
+    results["dataset"] |= {"split": "valid", "config": "plain_text"}
+    card = model_card(results, "tester/run")
+    assert "Measured on 50 examples of the split 'valid'." in card
+    (first, *_) = ModelCard(card).data.eval_results
+    assert (first.dataset_split, first.dataset_config) == ("valid", "plain_text")
+    results["dataset"]["complete"] = False
+    assert "Measured on 50 examples of the split 'valid', a part of it." in model_card(results, "tester/run")
+
+
+def test_a_training_loss_evaluates_nothing(results):
+    results |= {"task": "ddpm", "metrics": {"loss": 0.03}}
+    results["dataset"]["split"] = "train"
+    card = model_card(results, "tester/run")
+    assert ModelCard(card).data.eval_results is None
+    assert "| Training loss | 0.03 |" in card
+
+
+def test_a_grey_model_is_no_image_classification_pipeline(results):
+    """The Hub and pipeline() turn every picture into RGB."""
+    assert ModelCard(model_card(results, "tester/run")).data.pipeline_tag == "image-classification"
+    results["config"]["channels"] = 1
+    assert ModelCard(model_card(results, "tester/run")).data.pipeline_tag is None
 
 
 def test_the_body_says_what_the_run_was(results):
@@ -145,12 +172,12 @@ def test_cards_of_real_runs_hold_their_numbers(task, trained):
     results = read_results(trained[task])
     card = model_card(results, "tester/run")
     assert results["command"] in card
-    assert ModelCard(card).data.eval_results[0].metric_value == pytest.approx(
-        next(
-            iter(v for k, v in results["metrics"].items() if k in ("accuracy", "sop_accuracy")),
-            results["metrics"]["loss"],
-        )
-    )
+    main = {"image-classification": "accuracy", "albert": "sop_accuracy", "ddpm": "frechet_distance_pixels"}[task]
+    if main in results["metrics"]:
+        assert ModelCard(card).data.eval_results[0].metric_value == pytest.approx(results["metrics"][main])
+    else:  # a diffusion model of which no samples were measured
+        assert ModelCard(card).data.eval_results is None
+        assert task == "ddpm"
     assert results["gradients"]["measurements"] >= 1
     assert results["gradients"]["layers"]
     assert ("AGR took" if results["optimizer"].startswith("agr") else "AGR would have taken") in card
@@ -161,7 +188,7 @@ def test_the_cards_in_the_repository_are_made_of_their_results(folder):
     card = (folder.parent / "README.md").read_text(encoding="utf-8")
     assert card == model_card(
         read_results(folder),
-        re.search(r"agr-hf reproduce (\S+)`", card)[1],
+        re.search(r"agr-hf reproduce (\S+) --output-dir", card)[1],
         curves="(curves.png)" in card,
         samples=next(iter(re.findall(r"\]\((samples/[^)]+)\)", card)), None),
         resumable="agr-hf resume" in card,

@@ -231,6 +231,9 @@ def test_without_a_token_nothing_is_tried_again_and_no_training_begins(hub, tmp_
     args = TrainingArguments(str(tmp_path), push_to_hub=True, hub_revision="a" * 40, report_to="none")
     with pytest.raises(ValueError, match="is a commit; name a branch to push to"):
         take_over_push(args)
+    args = TrainingArguments(str(tmp_path), push_to_hub=True, save_strategy="no", report_to="none")
+    with pytest.raises(ValueError, match="publishes the last checkpoint, and save_strategy is no; set epoch or steps"):
+        take_over_push(args, with_training_state=True)
 
 
 def test_an_interrupted_upload_is_taken_up_again(hub, tmp_path):

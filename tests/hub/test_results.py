@@ -111,3 +111,17 @@ def test_a_run_given_twice_is_one_and_where_it_was_pushed_makes_no_other(tmp_pat
     made_up(tmp_path / "b", seed=1, config={"model_name": "mlp"})
     rows = leaderboard(collect([str(tmp_path / name) for name in "aab"])).splitlines()[2:]
     assert [row.split("|")[7].strip() for row in rows] == ["2"]
+
+
+def test_a_repetition_of_a_seed_is_no_second_run(tmp_path, caplog):
+    """Nor is a run of two processes, with twice the batch, one more seed of a run of one."""
+    made_up(tmp_path / "a", 2.0)
+    made_up(tmp_path / "again", 9.0, finished="2026-11-23T00:00:00+00:00")
+    made_up(tmp_path / "b", 3.0, seed=1)
+    made_up(tmp_path / "two", 5.0, seed=2, processes=2)
+    table = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
+    assert len(table) == 2
+    assert "| 2 | Top-1 accuracy | 0.6 ± 0.42 |" in table[0]  # 0.9 and 0.3
+    assert "processes=1" in table[0]
+    assert "| 1 | Top-1 accuracy | 0.5 |" in table[1]
+    assert "two runs of seed 0 that differ in nothing; the one finished last counts" in caplog.text

@@ -1,6 +1,8 @@
 """The optimizers by name in Trainer and timm; each way in trains as a plain loop does."""
 
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -8,11 +10,12 @@ import pytest
 import torch
 from small import Recorder, arguments, losses_of, plain_loop, same_bits, small_model, stock_groups, trainer_of
 from torch import nn
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import agr_hf
 from agr_hf import AGRAdamW, agr_param_groups
 from agr_hf.integrations.trainer import parse_optim_args, trainer_optimizer
+from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, optimizer_info
 
 OURS = [name for name, info in OPTIMIZERS.items() if info.ours]
@@ -237,3 +240,41 @@ class TestTimm:
         optimizer = create_optimizer_v2(nn.Linear(2, 2), "adamw", lr=0.1)
         assert type(optimizer) is torch.optim.AdamW
         assert "agr" not in optimizer.param_groups[0]
+
+
+def test_agr_false_by_name_is_a_run_without_agr(tmp_path):
+    """A control run: groups by layer type must not turn AGR on again."""
+    timm = pytest.importorskip("timm", reason="timm is missing: pip install 'agr-hf[train]'")
+
+    def by_timm(**options):
+        return timm.optim.create_optimizer_v2(small_model(), "agradamw", lr=1e-3, **options)
+
+    args = arguments(tmp_path, optim="agr_adamw", optim_args="agr=false")
+    by_class = trainer_optimizer("agr_adamw", arguments(tmp_path), agr=False)
+    for optimizer in (
+        trainer_of(small_model(), args).create_optimizer(),
+        trainer_of(small_model(), arguments(tmp_path), optimizer_cls_and_kwargs=by_class).create_optimizer(),
+        by_timm(agr=False),
+    ):
+        assert not any(any(agr_flags(group)) for group in optimizer.param_groups)
+        assert type(optimizer) is AGRAdamW
+    for optimizer in (trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw")).create_optimizer(), by_timm()):
+        assert any(any(agr_flags(group)) for group in optimizer.param_groups)
+
+
+def test_by_name_the_groups_are_those_of_the_trainer_at_hand(tmp_path):
+    """Of a subclass that decays otherwise too: a checkpoint of its AdamW must fit."""
+
+    class Own(Trainer):
+        def get_decay_parameter_names(self, model):
+            return [name for name, _ in model.named_parameters() if "classifier" in name]
+
+    made = [
+        Own(model=small_model(), args=arguments(tmp_path, optim=name)).create_optimizer()
+        for name in ("adamw_torch", "agr_adamw")
+    ]
+    stock, ours = ([(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] for optimizer in made)
+    assert stock == ours
+    made[1].load_state_dict(made[0].state_dict())
+    copy.deepcopy(made[1])
+    pickle.loads(pickle.dumps(made[1]))

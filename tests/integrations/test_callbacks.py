@@ -15,6 +15,7 @@ from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics
 from agr_hf.integrations.trainer import train
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
+from agr_hf.tasks.runs import gradients_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -146,6 +147,15 @@ def test_without_agr_the_same_layers_are_measured(tmp_path):
     assert len(agr_gradients(model, sgd)) == sum(param.ndim > 1 for param in model.parameters())
 
 
+def test_groups_by_layer_type_are_no_agr_to_suspend(tmp_path, caplog):
+    model = small_model()
+    optimizer = torch.optim.AdamW(agr_param_groups(model), lr=1e-3)
+    args = arguments(tmp_path, max_steps=2)
+    trainer_of(model, args, optimizers=(optimizer, None), callbacks=[SuspendAGR(at_epoch=0)]).train()
+    assert "SuspendAGR: AdamW has no AGR to suspend" in caplog.text
+    assert "AGR is suspended" not in caplog.text
+
+
 def test_a_negative_epoch_is_refused():
     with pytest.raises(ValueError, match="at_epoch=-1"):
         SuspendAGR(at_epoch=-1)
@@ -175,11 +185,46 @@ def test_statistics_reach_log_history_and_every_tracker(tmp_path):
     assert len(history) == 4
     assert [s for s in statistics_in(tracker.logs) if s] == history
     keys = {key.rsplit("/", 1)[1] for key in history[0]}
-    assert keys == {"effect", "largest_share", "l1_norm", "zeros", "log_mean", "log_std"}
+    assert keys == {"effect", "largest_share", "l1_norm", "zeros", "log_mean", "log_std", "measurements"}
     assert {key.split("/")[1] for key in history[0]} >= {"overall", "classifier.weight"}
     assert not any("bias" in key or "layernorm" in key for key in history[0])
     assert 0 < history[0]["gradients/overall/effect"] < 0.1
     json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_measurements_between_two_entries_are_logged_as_their_mean(tmp_path):
+    def overall(logging_steps):
+        trainer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", logging_steps=logging_steps))
+        GradientStatistics(every=2).attach(trainer)
+        trainer.train()
+        history = [s for s in statistics_in(trainer.state.log_history) if s]
+        return history, gradients_of(trainer.state.log_history)
+
+    each, of_each = overall(1)
+    ((mean,), of_mean) = overall(20)
+    assert (
+        len(each) == mean["gradients/overall/measurements"] == of_each["measurements"] == of_mean["measurements"] == 10
+    )
+    effects = [entry["gradients/overall/effect"] for entry in each]
+    assert mean["gradients/overall/effect"] == pytest.approx(sum(effects) / 10)
+    largest = [entry["gradients/overall/largest_share"] for entry in each]
+    assert mean["gradients/overall/largest_share"] == max(largest)
+    for name in ("effect", "largest_share"):
+        assert of_mean["overall"][name] == pytest.approx(of_each["overall"][name])
+
+
+def test_an_infinite_norm_is_no_json_and_left_out(tmp_path):
+    class Infinite(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            model.classifier.weight.grad[0, 0] = float("inf")
+
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=1, logging_steps=1)
+    trainer = trainer_of(small_model(), args, callbacks=[Infinite()])
+    GradientStatistics(every=1).attach(trainer)
+    trainer.train()
+    statistics = statistics_in(trainer.state.log_history)[0]
+    assert "gradients/classifier.weight/l1_norm" not in statistics
+    json.dumps(statistics, allow_nan=False)
 
 
 def test_statistics_are_in_tensorboards_files(tmp_path):

@@ -151,3 +151,31 @@ def test_psi_is_not_put_on_psi_through_lookahead():
         attach_agr(timm_optim.Lookahead(AGRAdamW([param])))
     handle = attach_agr(timm_optim.Lookahead(torch.optim.SGD([param], lr=0.1)))
     handle.remove()
+
+
+def test_steps_of_a_state_saved_without_agr_are_steps_of_the_run():
+    params = as_parameters(initial(), torch.float32)
+    stock = torch.optim.AdamW(params, lr=1e-2)
+    run_optimizer(stock, params, gradients(5))
+    optimizer = torch.optim.AdamW(params, lr=1e-2)
+    attach_agr(optimizer, steps=6)
+    optimizer.load_state_dict(stock.state_dict())
+    before = [[g.clone() for g in grads] for grads in gradients(2)]
+    changed = []
+    for grads in before:
+        run_optimizer(optimizer, params, [grads])
+        changed.append(not torch.equal(params[2].grad, grads[2].float()))
+    assert changed == [True, False]  # the sixth step of the run, and no other
+    assert optimizer.param_groups[0]["agr_step"] == 7
+
+
+def test_flattened_layers_are_refused_with_the_way_out():
+    flat = torch.nn.Parameter(torch.ones(6))
+    flat._is_flat_param = True
+    with pytest.raises(ValueError, match=r"attach_agr needs each layer's own gradient.*FSDP2"):
+        attach_agr(torch.optim.SGD([flat], lr=0.1))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+    attach_agr(optimizer)
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(6))]
+    with pytest.raises(RuntimeError, match="finds one flat tensor of 6 elements now"):
+        optimizer.step()

@@ -199,3 +199,20 @@ def test_importing_the_package_loads_no_heavy_library():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [(nn.Linear, (4, 3)), (nn.Conv2d, (3, 4, 3))])
+def test_a_layer_with_norm_in_its_name_is_the_layer_that_it_is(kind, sizes):
+    named = type(f"Normalized{kind.__name__}", (kind,), {})
+    first, second = agr_param_groups(named(*sizes))
+    assert first["agr"]
+    assert [param.ndim for param in first["params"]] == [len(sizes) if kind is nn.Linear else 4]
+    assert [param.ndim for param in second["params"]] == [1]
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape():
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="weight of a LazyLinear has no shape yet.*run the model on one batch"):
+        agr_param_groups(model)
+    model(torch.ones(1, 2))
+    assert agr_param_groups(model)[0]["agr"]

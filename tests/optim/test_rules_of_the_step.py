@@ -9,6 +9,8 @@ import torch
 from oracle import OURS, WITH_AGR, as_parameters, gradients, initial, run_optimizer
 
 from agr_hf import AGRAdamW, agr
+from agr_hf.optim import step
+from agr_hf.optim.norms import widest
 from agr_hf.optim.registry import OPTIMIZERS
 
 every_optimizer = pytest.mark.parametrize("name", OURS)
@@ -432,3 +434,54 @@ def test_the_default_device_is_no_business_of_the_step(name):
 def test_fused_is_refused_where_it_would_not_be_used(options):
     with pytest.raises(ValueError, match="fused=True"):
         AGRAdamW(as_parameters(initial()), fused=True, **options)
+
+
+@every_optimizer
+def test_a_gradient_of_another_shape_is_refused(name):
+    """The fused kernel trusts lengths, and read past the end."""
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    param.grad = torch.ones(2, 2)
+    optimizer = make(name, [param])
+    param.data = torch.zeros(300, 300)
+    with pytest.raises(ValueError, match=r"a gradient has the shape \(2, 2\) and its parameter \(300, 300\)"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@every_optimizer
+def test_a_step_asks_torch_whether_it_may_be_recorded(name, monkeypatch):
+    """Recorded into a CUDA graph without capturable, a step would repeat one step count for ever."""
+    method = next(m for m in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+                  if hasattr(torch.optim.Optimizer, m))  # fmt: skip
+
+    def refuse(self):
+        raise RuntimeError("recording")
+
+    param = torch.nn.Parameter(torch.zeros(2, 2))
+    param.grad = torch.ones(2, 2)
+    optimizer = make(name, [param])
+    monkeypatch.setattr(torch.optim.Optimizer, method, refuse)
+    with pytest.raises(RuntimeError, match="recording"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["agr_adan", "nosadam"])
+def test_a_device_without_float64_keeps_scalars_in_float32(name, monkeypatch):
+    assert widest(torch.device("mps")) == torch.float32
+    assert widest(torch.device("cuda")) == torch.float64
+    ends = []
+    for narrow in (False, True):
+        with monkeypatch.context() as patch:
+            if narrow:  # as on Apple's GPUs
+                patch.setattr(step, "widest", lambda device: torch.float32)
+            params = as_parameters(initial(), torch.float32)
+            optimizer = OPTIMIZERS[name].cls(params, lr=1e-2)
+            run_optimizer(optimizer, params, gradients(3))
+            optimizer.load_state_dict(optimizer.state_dict())
+            run_optimizer(optimizer, params, gradients(3))
+        scalars = [optimizer.state[params[0]][key] for key in optimizer.scalar_state]
+        assert {scalar.dtype for scalar in scalars} == {torch.float32 if narrow else torch.float64}
+        ends.append(params)
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was 
 WORLD = 2
 
 
-def spawn(check, tmp_path):
-    torch.multiprocessing.spawn(run, args=(check, str(tmp_path / "store")), nprocs=WORLD)
+def spawn(check, tmp_path, world=WORLD):
+    torch.multiprocessing.spawn(run, args=(check, str(tmp_path / "store"), world), nprocs=world)
 
 
-def run(rank, check, store):
+def run(rank, check, store, world):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         check()
     finally:
@@ -203,9 +203,97 @@ def check_meshes_of_other_ranks():
         OPTIMIZERS["agr_adamw"].cls(params, max_grad_norm=1.0).step()
 
 
+def check_two_dimensions():
+    """Four processes, sharded data and tensor parallel: FSDP2 over tensor parallelism, and parameters laid any way."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    ways = [(Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(1), Replicate()), (Replicate(), Replicate())]
+    torch.manual_seed(0)
+    starts = [torch.randn(6, 5, dtype=torch.float64) for _ in ways]
+    grads = [[torch.randn(6, 5, dtype=torch.float64) for _ in ways] for _ in range(3)]
+    for name in ("agr_adamw", "adal", "agr_adan"):
+        whole = [torch.nn.Parameter(start.clone()) for start in starts]
+        laid_out = [
+            torch.nn.Parameter(distribute_tensor(s.clone(), mesh, way)) for s, way in zip(starts, ways, strict=True)
+        ]
+        makers = [OPTIMIZERS[name].cls(params, lr=1e-2, max_grad_norm=1.0) for params in (whole, laid_out)]
+        for step in grads:
+            for p, q, grad, way in zip(whole, laid_out, step, ways, strict=True):
+                p.grad, q.grad = grad.clone(), distribute_tensor(grad.clone(), mesh, way)
+            makers[0].step()
+            with pytest.MonkeyPatch.context() as monkey:
+                calls = counted_all_reduces(monkey)
+                makers[1].step()
+            assert len(calls) == 1  # for both dimensions of the mesh
+        for p, q in zip(whole, laid_out, strict=True):
+            torch.testing.assert_close(q.detach().full_tensor(), p.detach(), rtol=1e-12, atol=1e-12)
+
+    # A mesh of some of the ranks has no group of its own.
+    column = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["a"]
+    norm = l1_norms([distribute_tensor(starts[0], column, [Shard(0)])])[0]
+    torch.testing.assert_close(norm, starts[0].abs().sum(), rtol=1e-14, atol=0)
+
+    def network():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4)).double()
+
+    alone, model = network(), network()
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    x = torch.randn(8, 8, dtype=torch.float64)
+    optimizers = [OPTIMIZERS["agr_adamw"].cls(m.parameters(), lr=1e-2, max_grad_norm=1.0) for m in (model, alone)]
+    for _ in range(3):
+        for m, optimizer in zip((model, alone), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-10, atol=1e-10)
+
+
+def check_distributed_checkpoint():
+    """torch's own way to save a sharded run and to go on with it."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.ReLU(), torch.nn.Linear(33, 3)).double()
+        fully_shard(model)
+        # One group with `agr` told for each parameter, as Trainer's are.
+        group = {"params": list(model.parameters()), "agr": [True, False, True, False]}
+        return model, OPTIMIZERS["agr_adamw"].cls([group], lr=1e-2)
+
+    def trained(model, optimizer, steps):
+        x = torch.linspace(-1, 1, 56, dtype=torch.float64).view(8, 7)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return [param.detach().full_tensor() for param in model.parameters()]
+
+    model, optimizer = made()
+    trained(model, optimizer, 2)
+    states = get_state_dict(model, optimizer)
+    saved = [{key: value.clone() if torch.is_tensor(value) else value for key, value in states[0].items()}, states[1]]
+    other, resumed = made()
+    set_state_dict(other, resumed, model_state_dict=saved[0], optim_state_dict=saved[1])
+    for p, q in zip(trained(other, resumed, 3), trained(model, optimizer, 3), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_two_dimensions_of_a_mesh(tmp_path):
+    spawn(check_two_dimensions, tmp_path, world=4)
+
+
 @pytest.mark.parametrize(
     "check",
     [
+        check_distributed_checkpoint,
         check_meshes_of_other_ranks,
         check_states_laid_otherwise,
         check_norms_and_psi,

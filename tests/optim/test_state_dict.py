@@ -259,3 +259,62 @@ def test_numbers_of_numpy_load_with_weights_only():
     numpy = pytest.importorskip("numpy")
     optimizer = AGRAdamW(as_parameters(initial()), lr=numpy.float64(0.1), betas=(numpy.float32(0.5), 0.9))
     assert through_a_file(optimizer.state_dict())["param_groups"][0]["lr"] == 0.1
+
+
+def test_users_post_hooks_have_the_last_word():
+    params = as_parameters([torch.ones(2, 3)], torch.float32)
+    saved = AGRAdamW(params)
+    run_optimizer(saved, params, [[torch.ones(2, 3)]])
+
+    def hook(optimizer):
+        optimizer.param_groups[0]["foreach"] = False
+        optimizer.state[params[0]]["exp_avg"].fill_(7.0)
+
+    other = AGRAdamW(params)
+    other.register_load_state_dict_post_hook(hook)
+    other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["foreach"] is False
+    assert torch.equal(other.state[params[0]]["exp_avg"], torch.full((2, 3), 7.0))
+
+
+def test_an_untrained_state_of_adal_leaves_nothing_behind():
+    params = as_parameters(initial(), torch.float32)
+    optimizer = AGRAdamW(params)
+    optimizer.load_state_dict(AdaL(params).state_dict())
+    assert "decoupled" not in optimizer.param_groups[0]
+    run_optimizer(optimizer, params, gradients(1))
+    AGRAdamW(params).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading", "message"),
+    [
+        (torch.optim.AdamW, AGRAdam, "that is decoupled, and that of AGRAdam is L2; load it into AGRAdamW"),
+        (torch.optim.Adam, AGRAdamW, "that is L2, and that of AGRAdamW is decoupled; load it into AGRAdam,"),
+    ],
+)
+def test_the_other_kind_of_weight_decay_is_refused(saved, loading, message):
+    params = as_parameters(initial(), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        loading(params).load_state_dict(saved(params, weight_decay=0.1).state_dict())
+    loading(params).load_state_dict(saved(params, weight_decay=0.0).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({}, {"second_moment": "bogus"}, "second_moment='bogus' is not allowed"),
+        ({}, {"agr": [True]}, "agr=.True. is not allowed"),
+        ({}, {"lr": float("nan")}, "lr=nan is not allowed"),
+        ({"capturable": True}, {"agr_steps": 5}, "agr_steps=5 is not allowed"),
+    ],
+)
+def test_options_of_a_loaded_state_are_checked_before_anything_changes(options, change, message):
+    params = as_parameters(initial(), torch.float32)
+    saved = AGRAdamW(params).state_dict()
+    saved["param_groups"][0].update(change)
+    optimizer = AGRAdamW(params, lr=0.5, **options)
+    with pytest.raises(ValueError, match=f"the state that AGRAdamW loads: {message}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["second_moment"] == "raw"

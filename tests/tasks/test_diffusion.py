@@ -21,7 +21,7 @@ from agr_hf.tasks.diffusion import (
     sample_images,
     write_grid,
 )
-from agr_hf.tasks.unlabelled_images import load_images
+from agr_hf.tasks.unlabelled_images import load_unlabelled_images
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 
@@ -166,7 +166,7 @@ def parquet(path, rows, column="image"):
 
 
 def test_digits_are_all_there():
-    images = load_images("digits")
+    images = load_unlabelled_images("digits")
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == torch.uint8
     assert (images.min(), images.max()) == (0, 255)
@@ -179,7 +179,7 @@ def test_corrupt_images_of_a_parquet_file_are_counted_and_named(kind, tmp_path, 
     if kind == "struct":
         rows = [{"bytes": row, "path": None} for row in rows]
     with caplog.at_level(logging.WARNING):
-        images = load_images(parquet(tmp_path / "train.parquet", rows))
+        images = load_unlabelled_images(parquet(tmp_path / "train.parquet", rows))
     assert images[:, :, 0, 0].tolist() == [[10, 20, 30]] * 2
     (record,) = caplog.records
     assert "3 of 5 images" in record.getMessage()
@@ -194,27 +194,27 @@ def test_a_folder_of_images_is_read_in_order_cut_and_resized(tmp_path, caplog):
     (tmp_path / "broken.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("no image")
     with caplog.at_level(logging.WARNING):
-        images = load_images(tmp_path, size=4)
+        images = load_unlabelled_images(tmp_path, size=4)
     assert images[:, 0, 0, 0].tolist() == [20, 40]
     assert images.shape == (2, 1, 4, 4)
     assert "1 of 3 images" in caplog.text
     assert "broken.png" in caplog.text
-    assert load_images(tmp_path, size=4, channels=3, max_images=1).shape == (1, 3, 4, 4)
+    assert load_unlabelled_images(tmp_path, size=4, channels=3, max_images=1).shape == (1, 3, 4, 4)
 
 
 def test_bad_sources_get_sentences(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be had.*--train_data with a parquet file or a folder.*digits"):
-        load_images("cifar10")  # conftest forbids the network
+        load_unlabelled_images("cifar10")  # conftest forbids the network
     with pytest.raises(ValueError, match="cannot be read as a parquet file"):
-        load_images(tmp_path / "none.parquet")
+        load_unlabelled_images(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="has no column of encoded images.*its columns are label, text"):
-        load_images(parquet(tmp_path / "text.parquet", ["a", "b"], column="text"))
+        load_unlabelled_images(parquet(tmp_path / "text.parquet", ["a", "b"], column="text"))
     with pytest.raises(ValueError, match="has no image that can be read"):
-        load_images(parquet(tmp_path / "broken.parquet", [b"x", b"y"]))
+        load_unlabelled_images(parquet(tmp_path / "broken.parquet", [b"x", b"y"]))
     with pytest.raises(ValueError, match="row 0 of .* is 16x8 and not square; pass size"):
-        load_images(parquet(tmp_path / "wide.parquet", [encoded(0, (16, 8), "L")]))
+        load_unlabelled_images(parquet(tmp_path / "wide.parquet", [encoded(0, (16, 8), "L")]))
     with pytest.raises(ValueError, match="channels=2 is not allowed"):
-        load_images("digits", channels=2)
+        load_unlabelled_images("digits", channels=2)
 
 
 # Frechet distance ----------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def small_network():
 
 def test_a_distance_is_reported_under_the_name_of_its_network(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    digits = load_images("digits")
+    digits = load_unlabelled_images("digits")
     network = frechet.feature_network("test_diffusion:small_network")
     near = frechet.frechet_metrics(digits[:500], digits[500:1000], network)
     far = frechet.frechet_metrics(torch.randint_like(digits[:500], 256), digits[500:1000], network)
@@ -359,7 +359,7 @@ def test_resnet20_tells_photographs_from_noise():
     photographs = SHARED / "cifar10/test.parquet"
     if not weights.exists() or not photographs.exists():
         pytest.skip("needs ../shared/data beside the checkout: models/resnet20-cifar10.th and cifar10/test.parquet")
-    images = load_images(photographs, max_images=600)
+    images = load_unlabelled_images(photographs, max_images=600)
     network = frechet.feature_network(f"resnet20:{weights}")
     near = frechet.frechet_metrics(images[:300], images[300:], network)["frechet_distance_resnet20"]
     far = frechet.frechet_metrics(torch.randint_like(images[:300], 256), images[300:], network)

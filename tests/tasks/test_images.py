@@ -10,7 +10,7 @@ from PIL import Image as Picture
 
 from agr_hf.tasks import unlabelled_images
 from agr_hf.tasks.classifiers import ALIASES, SMALL_STEMS, architecture, classifier, parameter_count
-from agr_hf.tasks.images import SOURCES, load_images, top_k_accuracy, transform_of
+from agr_hf.tasks.images import SOURCES, load_images, transform_of
 from agr_hf.tasks.recipes import IMAGE_RECIPES
 
 
@@ -64,7 +64,7 @@ def test_grey_values_of_16_bits_are_scaled_and_not_clipped(loader, tmp_path):
     path.parent.mkdir()
     Picture.fromarray(values).save(path)
     if loader == "unlabelled":
-        pixels = unlabelled_images.load_images(path.parent)[0, 0]
+        pixels = unlabelled_images.load_unlabelled_images(path.parent)[0, 0]
     else:
         rows = [({"bytes": path.read_bytes(), "path": None}, 0)]
         pixels = load_images("mnist", *files(tmp_path, rows), size=16).train.images[0, 0]
@@ -139,17 +139,38 @@ def test_sources_are_pinned_to_a_commit():
 
 
 @pytest.mark.parametrize("augmentation", ["none", "flip-crop", "rand-augment"])
-def test_augmentation_is_of_the_training_images_and_follows_the_seed(augmentation):
-    data = load_images("digits", augmentation=augmentation, max_train=20, max_test=10)
-    assert (len(data.train), len(data.test)) == (20, 10)
+def test_augmentation_is_of_the_training_images_and_follows_seed_epoch_and_index(augmentation):
+    """And neither takes from torch's global state nor depends on it: a loader draws ahead of the training."""
+    none = augmentation == "none"
 
-    def drawn(rows, seed):
-        torch.manual_seed(seed)
-        return torch.stack([rows[i]["pixel_values"] for i in range(10)])
+    def drawn(seed, epoch, order=range(10)):
+        data = load_images("digits", augmentation=augmentation, max_train=20, max_test=10, seed=seed)
+        assert (len(data.train), len(data.test)) == (20, 10)
+        data.train.set_epoch(epoch)
+        train = {i: data.train[i]["pixel_values"] for i in order}
+        return torch.stack([train[i] for i in range(10)]), torch.stack([row["pixel_values"] for row in data.test])
 
-    assert torch.equal(drawn(data.train, 1), drawn(data.train, 1))
-    assert torch.equal(drawn(data.train, 1), drawn(data.train, 2)) == (augmentation == "none")
-    assert torch.equal(drawn(data.test, 1), drawn(data.test, 2))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    train, test = drawn(1, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(drawn(1, 0, reversed(range(10)))[0], train)
+    assert torch.equal(drawn(2, 0)[0], train) == none
+    assert torch.equal(drawn(1, 1)[0], train) == none
+    assert torch.equal(drawn(2, 1)[1], test)
+    rows = load_images("digits", augmentation=augmentation, max_train=20).train
+    rows.images = rows.images[:1].expand(20, -1, -1, -1)
+    assert all(torch.equal(rows[i]["pixel_values"], rows[0]["pixel_values"]) for i in range(1, 20)) == none
+
+
+def test_a_part_of_a_set_sorted_by_label_has_every_label(tmp_path):
+    rows = [(png((i, i, i)), label) for label in range(10) for i in range(20)]
+    parts = [load_images("cifar10", *files(tmp_path, rows, rows), max_train=60, max_test=60) for _ in range(2)]
+    for rows in (parts[0].train, parts[0].test):
+        assert len(rows) == 60
+        assert len(set(rows.labels.tolist())) == 10
+    assert torch.equal(parts[0].train.images, parts[1].train.images)
 
 
 def test_transforms_keep_shape_and_normalize():
@@ -157,13 +178,6 @@ def test_transforms_keep_shape_and_normalize():
     out = transform_of(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "none")(image)
     assert out.dtype == torch.float32
     assert torch.equal(out, torch.full((3, 32, 32), 2.0))
-
-
-def test_top_k_counts_by_hand():
-    scores = [[0.1, 0.5, 0.4], [0.9, 0.05, 0.05], [0.2, 0.3, 0.5]]
-    assert top_k_accuracy(scores, [1, 1, 0], 1) == pytest.approx(1 / 3)
-    assert top_k_accuracy(scores, [1, 1, 0], 2) == pytest.approx(2 / 3)  # a tie goes to the lower class
-    assert top_k_accuracy(scores, [1, 1, 0], 3) == 1.0
 
 
 # Published counts with 1,000 classes (timm's and torchvision's tables), in millions.

@@ -6,17 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from agr_hf.tasks.images import hub_source
 from agr_hf.tasks.runs import dataset_of, refuse_used, run_main
 
 
 def test_own_files_are_not_called_as_the_default_set():
-    assert dataset_of("digits", 5, ("/data/train.parquet", None))["name"] == "train"
-    assert dataset_of("pydoc-topics", 5, ("wiki.train.tokens", "x.tokens")) == {
-        "name": "wiki.train", "files": ["wiki.train.tokens", "x.tokens"], "examples": 5,
+    of = {"split": "test", "evaluated": 3, "complete": True}
+    assert dataset_of("digits", 5, ("/data/train.parquet", None), **of)["name"] == "train"
+    assert dataset_of("pydoc-topics", 5, ("wiki.train.tokens", "x.tokens"), **of) == {
+        "name": "wiki.train", "files": ["wiki.train.tokens", "x.tokens"], "examples": 5, **of,
     }  # fmt: skip
-    assert dataset_of("cifar10", 5, ("train.parquet",))["name"] == "cifar10"
-    assert dataset_of("digits", 5) == {"name": "digits", "hub_id": None, "revision": None, "examples": 5}
-    assert dataset_of("cifar10", 5, (), ("uoft-cs/cifar10", "abc"))["hub_id"] == "uoft-cs/cifar10"
+    assert dataset_of("cifar10", 5, ("train.parquet",), **of)["name"] == "cifar10"
+    nowhere = {"name": "digits", "hub_id": None, "revision": None, "config": None}
+    assert dataset_of("digits", 5, **of) == {**nowhere, "examples": 5, **of}
+    pinned = dataset_of("cifar10", 5, (), hub_source("cifar10"), **of)
+    assert (pinned["hub_id"], len(pinned["revision"])) == ("uoft-cs/cifar10", 40)
+    assert dataset_of("cifar10", 5, (), hub_source("cifar10", "abc"), **of)["revision"] == "abc"
+    other = dataset_of("some/set", 5, (), hub_source("some/set", "abc"), **of)
+    assert (other["hub_id"], other["revision"]) == ("some/set", "abc")
 
 
 @pytest.mark.parametrize("left", ["results.json", "checkpoint-8"])
@@ -25,7 +32,12 @@ def test_a_new_run_does_not_begin_in_the_folder_of_another(left, tmp_path):
     (tmp_path / left).mkdir()
     with pytest.raises(ValueError, match="holds a run already; go on with it"):
         refuse_used(tmp_path, None)
-    refuse_used(tmp_path, "latest")
+    if left == "checkpoint-8":
+        refuse_used(tmp_path, "latest")
+    else:
+        with pytest.raises(ValueError, match="holds a finished run without checkpoints to go on from"):
+            refuse_used(tmp_path, "latest")
+    refuse_used(tmp_path, str(tmp_path / "checkpoint-8"))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +48,7 @@ def test_a_new_run_does_not_begin_in_the_folder_of_another(left, tmp_path):
             "--train_file no.parquet --test_file no.parquet --use_cpu true",
             "there is no file",
         ),
-        ("train_albert.py", "--train_file no.txt --use_cpu true", "there is no file 'no.txt'"),
+        ("train_albert.py", "--train_file no.txt --use_cpu true", "train_file and validation_file go together"),
         ("train_ddpm.py", "--features vgg --cpu", "there is no feature network 'vgg'"),
     ],
 )
@@ -50,13 +62,18 @@ def test_a_script_ends_with_a_sentence_and_no_traceback(script, options, sentenc
 
 
 def test_an_error_from_elsewhere_keeps_its_traceback():
-    def main():
-        int("x", base=1)
+    """And so does one of Python's own that is no refusal, though our line was the last."""
+
+    def refuses():
+        raise ValueError("epochs=-1 is not allowed")
 
     with pytest.raises(TypeError):
         run_main(lambda: Path("/").joinpath(1))
-    with pytest.raises(SystemExit, match=r"test_runs.py: int\(\) base must be"):
-        run_main(main)
+    for mistake in (lambda: int("x", base=1), lambda: list(zip([1], [], strict=True))):
+        with pytest.raises(ValueError, match="int|zip"):
+            run_main(mistake)
+    with pytest.raises(SystemExit, match="test_runs.py: epochs=-1 is not allowed"):
+        run_main(refuses)
 
 
 def test_processes_leave_their_group(tmp_path):

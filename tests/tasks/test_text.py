@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from agr_hf.metrics import metric_path
+from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.sentence_order import (
-    EpochOfChunks,
     PretrainingCollator,
     SentenceChunks,
     keep_predictions,
@@ -346,7 +346,7 @@ def equal(a, b):
 def test_the_callback_tells_the_data_the_epoch_also_in_the_middle_of_one(chunks, epoch, expected):
     from transformers import TrainerState
 
-    EpochOfChunks(chunks).on_epoch_begin(None, TrainerState(epoch=epoch), None)
+    EpochOf(chunks).on_epoch_begin(None, TrainerState(epoch=epoch), None)
     assert chunks.epoch == expected
 
 

@@ -168,7 +168,9 @@ def test_albert_base_has_the_published_number_of_parameters(script, tmp_path):
     ("words", "sentence"),
     [
         ("--dataset_name nobody/nothing", "could not be had from the Hub"),
-        ("--train_file missing.tokens", "there is no file 'missing.tokens'"),
+        ("--train_file missing.tokens --validation_file x.tokens", "there is no file 'missing.tokens'"),
+        ("--train_file wiki.tokens", "train_file and validation_file go together"),
+        ("--validation_file wiki.tokens", "train_file and validation_file go together"),
         ("--optim_args steps=3", "agr_adamw has no option steps"),
         ("--max_seq_length 4", "max_length=4 is not allowed; it must be at least 16"),
         ("--max_train_samples 0", "0 samples are not allowed"),
@@ -183,3 +185,14 @@ def test_an_unknown_recipe_is_answered_with_the_names(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--output_dir", str(tmp_path), "--recipe", "albert"])
     assert "agr-albert, agr-albert-authors, albert-base" in capsys.readouterr().err
+
+
+def test_a_run_resumes_to_the_bit_from_the_last_step_of_an_epoch(script, tmp_path):
+    """Trainer evaluates the epoch behind that checkpoint, and the evaluation must not draw the training's numbers."""
+    words = "--vocab_size 300 --num_train_epochs 2 --max_train_samples 96 --max_eval_samples 16 --save_steps 6"
+    script.main(arguments(tmp_path, TINY, words))
+    whole = AlbertForPreTraining.from_pretrained(tmp_path).state_dict()
+    whole = {name: tensor.clone() for name, tensor in whole.items()}
+    script.main(arguments(tmp_path, TINY, words, f"--resume_from_checkpoint {tmp_path / 'checkpoint-6'}"))
+    resumed = AlbertForPreTraining.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

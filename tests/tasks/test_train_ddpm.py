@@ -11,8 +11,8 @@ from safetensors.torch import load
 
 from agr_hf import list_optimizers
 from agr_hf.tasks import frechet
-from agr_hf.tasks.diffusion import sample_images
-from agr_hf.tasks.unlabelled_images import load_images
+from agr_hf.tasks.diffusion import UNETS, sample_images
+from agr_hf.tasks.unlabelled_images import load_unlabelled_images
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts/train_ddpm.py"
 SHORT = ["--num_grid_samples", 1, "--ddpm_num_inference_steps", 1, "--num_eval_samples", 0, "--lr_warmup_steps", 2]
@@ -57,7 +57,7 @@ def test_it_learns_digits(trained):
     assert [epoch["epoch"] for epoch in results["epochs"]] == [1, 2, 3, 4]
     assert losses[-1] < 0.3
     assert losses[-1] < losses[0]
-    digits, pixels = load_images("digits"), frechet.feature_network("pixels")
+    digits, pixels = load_unlabelled_images("digits"), frechet.feature_network("pixels")
     noise = torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8)
     of_noise = frechet.frechet_metrics(noise, digits, pixels)["frechet_distance_pixels"]
     assert results["metrics"]["frechet_distance_pixels"] < of_noise / 3
@@ -71,7 +71,7 @@ def test_the_saved_pipeline_draws_the_same_images_again(trained):
     assert type(DiffusionPipeline.from_pretrained(folder)).__name__ == "DDPMPipeline"
     pipeline = DDIMPipeline.from_pretrained(folder)
     again = sample_images(pipeline.unet, 200, steps=20, seed=results["seed"] + 1, scheduler=pipeline.scheduler)
-    found = frechet.frechet_metrics(again, load_images("digits"), frechet.feature_network("pixels"))
+    found = frechet.frechet_metrics(again, load_unlabelled_images("digits"), frechet.feature_network("pixels"))
     assert found["frechet_distance_pixels"] == results["metrics"]["frechet_distance_pixels"]
     pipeline.set_progress_bar_config(disable=True)
     one, other = (
@@ -92,8 +92,9 @@ def test_grids_go_to_files_and_to_the_tracker(trained):
     assert len(accumulator.Scalars("loss")) == 4
 
 
-def test_a_resumed_run_has_the_bits_of_one_never_stopped(tmp_path):
-    """From the middle of an epoch and of other numbers of samples, with flips, accumulation, warmup, EMA, suspension."""
+def test_a_resumed_run_has_the_bits_of_one_never_stopped(tmp_path, monkeypatch):
+    """From the middle of an epoch and of other numbers of samples; flips, dropout, accumulation, EMA, suspension."""
+    monkeypatch.setitem(UNETS, "tiny", {**UNETS["tiny"], "dropout": 0.2})
     options = [*SHORT, "--max_train_images", 192, "--num_epochs", 3, "--train_batch_size", 16, "--random_flip"]
     options += ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 8, "--agr_steps", 10]
     whole = train(tmp_path, *options, "--save_images_epochs", 1)
@@ -128,6 +129,7 @@ def test_the_papers_recipe_has_its_values_and_flags_win():
     values = (args.lr_warmup_steps, args.ema_decay, args.max_grad_norm, args.ddpm_num_inference_steps)
     assert values == (200, 0.9999, 1.0, 100)
     assert (args.num_eval_samples, args.fid, args.use_ema) == (50_000, True, True)
+    assert UNETS[args.unet]["dropout"] == 0.1
     args = parse("--learning_rate", "1e-3", "--no-fid", "--recipe", "agr-ddpm")
     assert (args.learning_rate, args.fid, args.train_batch_size) == (1e-3, False, 128)
 
@@ -149,6 +151,15 @@ def test_bad_flags_get_sentences(tmp_path, capsys):
         (["--num_epochs", "0"], "--num_epochs 0 is not allowed; it must be at least 1"),
         (["--agr_steps", "4", "--optim", "adal"], "--agr_steps is for the optimizers with AGR, and --optim is adal"),
         (["--lr_scheduler", "foo"], "choose from"),
+        (["--num_grid_samples", "0"], "--num_grid_samples 0 is not allowed; it must be at least 1"),
+        (["--eval_batch_size", "0"], "--eval_batch_size 0 is not allowed; it must be at least 1"),
+        (
+            ["--ddpm_num_inference_steps", "5000"],
+            "--ddpm_num_inference_steps 5000 is not allowed; it must be 1 to 1000",
+        ),
+        (["--num_eval_samples", "-3"], "--num_eval_samples -3 is not allowed"),
+        (["--recip", "agr-ddpm"], "unrecognized arguments: --recip"),
+        (["--recipe", "agr"], "there is no recipe 'agr'; the names are digits, agr-ddpm"),
     ):
         with pytest.raises(SystemExit):
             parse(*flags)

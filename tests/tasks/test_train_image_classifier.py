@@ -125,3 +125,60 @@ def test_torchrun_with_two_processes(tmp_path):
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250, env=environment)
     assert out.returncode == 0, out.stderr[-2000:]
     assert json.loads((tmp_path / "results.json").read_text())["metrics"]["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("stopped", ["checkpoint-23", "checkpoint-46"])
+def test_a_run_resumes_to_the_bit_from_any_step(stopped, tmp_path):
+    """The loader augments ahead of the checkpoint, and an epoch is evaluated behind one at its last step."""
+    options = ["--model_name", "mlp", "--num_train_epochs", 2, "--max_train_samples", 367, "--eval_strategy", "epoch",
+               "--augmentation", "rand-augment", "--save_strategy", "steps", "--save_steps", 23, "--save_total_limit", 9,
+               "--per_device_train_batch_size", 8]  # fmt: skip
+    run(tmp_path, *options)
+    whole = load((tmp_path / "model.safetensors").read_bytes())
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4  # 46 steps an epoch
+    run(tmp_path, *options, "--resume_from_checkpoint", tmp_path / stopped)
+    resumed = load((tmp_path / "model.safetensors").read_bytes())
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("processes", "batch"), [("1", 128), ("2", 64), ("4", 32)])
+def test_the_batch_of_a_recipe_is_that_of_all_processes(processes, batch, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    parse = runpy.run_path(str(SCRIPT))["parse_args"]
+    assert parse(["--recipe", "adal-cifar10", "--output_dir", "x"])[-1].per_device_train_batch_size == batch
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_unless_told(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parse = runpy.run_path(str(SCRIPT))["parse_args"]
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "adal-cifar10", "--output_dir", "x"])
+    assert "batches of 128, which 3 processes cannot share" in capsys.readouterr().err
+    told = ["--recipe", "adal-cifar10", "--output_dir", "x", "--per_device_train_batch_size", "40"]
+    assert parse(told)[-1].per_device_train_batch_size == 40
+
+
+def test_an_abbreviated_recipe_is_not_noted_down_and_left_out():
+    parse = runpy.run_path(str(SCRIPT))["parse_args"]
+    with pytest.raises(ValueError, match="--recip"):
+        parse(["--recip", "agr-cifar100", "--output_dir", "x"])
+
+
+def test_a_schedule_of_the_command_line_wins_over_the_milestones_of_a_recipe():
+    parse = runpy.run_path(str(SCRIPT))["parse_args"]
+    words = ["--recipe", "agr-cifar10", "--output_dir", "x"]
+    assert parse(words)[2].lr_milestones == [60, 120, 160]
+    for schedule in (["--lr_scheduler_type", "cosine"], ["--warmup_steps", "500"]):
+        assert parse([*words, *schedule])[2].lr_milestones is None
+        with pytest.raises(ValueError, match="lr_milestones are a schedule of their own"):
+            parse([*words, *schedule, "--lr_milestones", "5"])
+
+
+def test_milestones_are_epochs_of_the_batches_that_are_kept(tmp_path):
+    """367 images are 11 batches of 32 and a part, which is dropped."""
+    run(tmp_path, "--model_name", "mlp", "--num_train_epochs", 2, "--lr_milestones", 1, "--max_train_samples", 367,
+        "--dataloader_drop_last", "true", "--logging_strategy", "steps", "--logging_steps", 1,
+        "--optim", "adal")  # fmt: skip
+    state = json.loads((tmp_path / "checkpoint-22/trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-3] * 11 + [1e-4] * 11)

@@ -52,5 +52,10 @@ class TopKAccuracy(evaluate.Metric):
                 f"top_k_accuracy: references go from {references.min()} to {references.max()}, but there are scores for "
                 f"{classes} classes, counted from 0"
             )
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return {f"top_{k}_accuracy": float((best == references[:, None]).any(axis=1).mean())}
+        return {f"top_{k}_accuracy": share_in_top_k(scores, references, k)}
+
+
+def share_in_top_k(scores: np.ndarray, references: np.ndarray, k: int) -> float:
+    """Share of rows of scores (n, classes) with the reference (n,) among the k largest."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((best == references[:, None]).any(axis=1).mean())
