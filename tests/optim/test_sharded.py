@@ -205,7 +205,7 @@ def check_meshes_of_other_ranks():
 
 def check_two_dimensions():
     """Four processes, sharded data and tensor parallel: FSDP2 over tensor parallelism, and parameters laid any way."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -232,10 +232,12 @@ def check_two_dimensions():
         for p, q in zip(whole, laid_out, strict=True):
             torch.testing.assert_close(q.detach().full_tensor(), p.detach(), rtol=1e-12, atol=1e-12)
 
-    # A mesh of some of the ranks has no group of its own.
-    column = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["a"]
-    norm = l1_norms([distribute_tensor(starts[0], column, [Shard(0)])])[0]
-    torch.testing.assert_close(norm, starts[0].abs().sum(), rtol=1e-14, atol=0)
+    # Two meshes of half of the ranks, of two dimensions too, must not be added up.
+    half = dist.get_rank() // 2
+    mine = [DeviceMesh("cpu", ranks) for ranks in ([[0, 1]], [[2, 3]])][half]
+    start = starts[0] * (1 + half)
+    norm = l1_norms([distribute_tensor(start, mine, [Shard(0), Shard(1)])])[0]
+    torch.testing.assert_close(norm, start.abs().sum(), rtol=1e-14, atol=0)
 
     def network():
         torch.manual_seed(1)
