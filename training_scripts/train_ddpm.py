@@ -281,6 +281,8 @@ def main(argv=None):
                 (args.train_data,),
                 hub_source(args.dataset_name, args.dataset_revision),
                 split="train",
+                evaluated=len(images),
+                complete=args.max_train_images is None,
             ),
             device=accelerator.device,
             epochs=history.epochs,
