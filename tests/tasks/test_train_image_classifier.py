@@ -1,5 +1,6 @@
 """The script, end to end on real images that need no network."""
 
+import argparse
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ from safetensors.torch import load
 
 from agr_hf import list_optimizers
 from agr_hf.tasks.images import load_images
+from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "training_scripts/train_image_classifier.py"
@@ -141,21 +143,28 @@ def test_a_run_resumes_to_the_bit_from_any_step(stopped, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def batch_of_recipe(*words):
+    """What `--recipe adal-cifar10` makes of the batch of one process; TrainingArguments would wait for the others."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    words = ["--recipe", "adal-cifar10", *words]
+    apply_recipe(parser, IMAGE_RECIPES, words)
+    return parser.parse_args(words).per_device_train_batch_size
+
+
 @pytest.mark.parametrize(("processes", "batch"), [("1", 128), ("2", 64), ("4", 32)])
 def test_the_batch_of_a_recipe_is_that_of_all_processes(processes, batch, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", processes)
-    parse = runpy.run_path(str(SCRIPT))["parse_args"]
-    assert parse(["--recipe", "adal-cifar10", "--output_dir", "x"])[-1].per_device_train_batch_size == batch
+    assert batch_of_recipe() == batch
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_unless_told(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    parse = runpy.run_path(str(SCRIPT))["parse_args"]
     with pytest.raises(SystemExit):
-        parse(["--recipe", "adal-cifar10", "--output_dir", "x"])
+        batch_of_recipe()
     assert "batches of 128, which 3 processes cannot share" in capsys.readouterr().err
-    told = ["--recipe", "adal-cifar10", "--output_dir", "x", "--per_device_train_batch_size", "40"]
-    assert parse(told)[-1].per_device_train_batch_size == 40
+    assert batch_of_recipe("--per_device_train_batch_size", "40") == 40
 
 
 def test_an_abbreviated_recipe_is_not_noted_down_and_left_out():
