@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-import timm
+import timm.optim
 import torch
 
 from agr_hf import AdaL, Adan, AGRAdamW, AGRAdan
