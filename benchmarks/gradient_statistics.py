@@ -69,7 +69,7 @@ def main():
         "measurement_over_step": ratio,
         "share_at_default_interval": ratio / every,
         "budget": 0.02,
-        **environment(),
+        **environment(torch.device(arguments.device)),
     }
     print(f"{arguments.model}, {arguments.batch_size} images of {arguments.image_size}x{arguments.image_size}, "
           f"{results['device']}, {torch.get_num_threads()} threads, medians of {arguments.rounds} rounds")  # fmt: skip

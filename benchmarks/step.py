@@ -176,7 +176,12 @@ def main():
                 gc.collect()
             ratio = statistics.median(a / b for a, b in pairs)
             budgets.append({"variant": name, "against": other, "ratio": ratio, "budget": budget})
-    conditions = {"parameters": numel, "tensors": len(sizes), "rounds": arguments.rounds, **environment()}
+    conditions = {
+        "parameters": numel,
+        "tensors": len(sizes),
+        "rounds": arguments.rounds,
+        **environment(torch.device(arguments.device)),
+    }
     print(f"{numel:,} float32 parameters in {len(sizes)} tensors, {arguments.device}: {conditions['device']}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")  # fmt: skip
     print(f"{'variant':30} {'ms':>9} {'x fused':>8} {'extra MiB':>10}")

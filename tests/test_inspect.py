@@ -152,8 +152,8 @@ def test_images_are_normalized_as_the_model_was_trained(tmp_path):
 
     from agr_hf.experiments.inspect import _normalization
 
-    assert _normalization(create_model("resnet18"), "resnet18", 3) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert _normalization(create_model("resnet18"), "resnet18") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     model = classifier("resnet18", 8, 1, list("01"), (0.3,), (0.4,))
     model.save_pretrained(tmp_path)
-    assert [list(part) for part in _normalization(model, str(tmp_path), 1)] == [[0.3], [0.4]]
-    assert _normalization(digits_model(), "nowhere/nothing", 1) == ([0.5], [0.25])
+    assert [list(part) for part in _normalization(model, str(tmp_path))] == [[0.3], [0.4]]
+    assert _normalization(digits_model(), "nowhere/nothing") == ([0.5], [0.25])

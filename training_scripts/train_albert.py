@@ -30,7 +30,7 @@ from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimiz
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
 from agr_hf.tasks.epochs import EpochOf
-from agr_hf.tasks.recipes import apply_recipe
+from agr_hf.tasks.recipes import apply_recipe, refuse_data_parallel
 from agr_hf.tasks.runs import (
     dataset_of,
     epochs_of,
@@ -124,6 +124,7 @@ def main(argv=None):
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    refuse_data_parallel(args)
     if args.process_index == 0:
         refuse_used(args.output_dir, args.resume_from_checkpoint)
     push = take_over_push(args, run_args.push_training_state)
@@ -141,7 +142,9 @@ def main(argv=None):
     seed = args.seed if args.data_seed is None else args.data_seed
     length = data_args.max_seq_length
     train_data = sop.SentenceChunks(train_text, tokenizer, length, seed).first(data_args.max_train_samples)
-    eval_data = sop.SentenceChunks(eval_text, tokenizer, length, dynamic=False).first(data_args.max_eval_samples)
+    eval_data = sop.SentenceChunks(eval_text, tokenizer, length, dynamic=False)
+    eval_pairs = len(eval_data)
+    eval_data = eval_data.first(data_args.max_eval_samples)
     collator = sop.PretrainingCollator(tokenizer, data_args.mlm_probability, data_args.max_ngram)
 
     model = model_of(model_args, tokenizer, length)
@@ -192,7 +195,7 @@ def main(argv=None):
                 hub_source(data_args.dataset_name),
                 split="validation",
                 evaluated=len(eval_data),
-                complete=data_args.max_eval_samples is None,
+                complete=len(eval_data) == eval_pairs,
                 config=config_name or default_config(data_args.dataset_name),
             ),
             epochs=epochs_of(trainer.state.log_history),

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
 from agr_hf.hub.push import check_push, push_finished
-from agr_hf.integrations.accelerate import Progress, batches_of_epoch, load_checkpoint, save_checkpoint
+from agr_hf.integrations.accelerate import Progress, batches_of_epoch, latest_state, load_checkpoint, save_checkpoint
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
@@ -135,7 +135,7 @@ def main(argv=None):
         step_scheduler_with_optimizer=False,
     )
     if accelerator.is_main_process:
-        refuse_used(output_dir, args.resume_from_checkpoint)
+        refuse_used(output_dir, args.resume_from_checkpoint, latest_state)
     if args.fid:
         inception_weights()  # nobody wants to hear after the training that they are missing
     set_seed(args.seed)
@@ -282,7 +282,7 @@ def main(argv=None):
                 hub_source(args.dataset_name, args.dataset_revision),
                 split="train",
                 evaluated=len(images),
-                complete=args.max_train_images is None,
+                complete=args.max_train_images is None or len(images) < args.max_train_images,
             ),
             device=accelerator.device,
             epochs=history.epochs,

@@ -22,7 +22,7 @@ from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
 from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.images import classification_metrics, hub_source, load_images
-from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
+from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe, given, refuse_data_parallel
 from agr_hf.tasks.runs import (
     dataset_of,
     epochs_of,
@@ -73,13 +73,15 @@ def parse_args(argv=None):
     )  # fmt: skip
     apply_recipe(parser, IMAGE_RECIPES, argv)
     model_args, data_args, run_args, args = parser.parse_args_into_dataclasses(argv)
-    if run_args.lr_milestones and (args.lr_scheduler_type != SchedulerType.LINEAR or args.warmup_steps):
-        # The milestones of a recipe give way to a schedule of the command line; two on the command line contradict.
-        if run_args.lr_milestones != IMAGE_RECIPES.get(run_args.recipe, {}).get("lr_milestones"):
-            raise ValueError(
-                "lr_milestones are a schedule of their own; pass them, or lr_scheduler_type and warmup_steps"
-            )
-        run_args.lr_milestones = None
+    if run_args.lr_milestones:
+        told = given(argv)
+        other = told & {"lr_scheduler_type", "warmup_steps"}
+        if other and "lr_milestones" in told:
+            raise ValueError(f"lr_milestones are a schedule of their own; pass them, or {' and '.join(sorted(other))}")
+        if other:
+            run_args.lr_milestones = None  # a recipe's
+        else:
+            args.lr_scheduler_type, args.warmup_steps = SchedulerType.CONSTANT, 0  # the milestones are all there is
     return model_args, data_args, run_args, args
 
 
@@ -87,6 +89,7 @@ def main(argv=None):
     model_args, data_args, run_args, args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    refuse_data_parallel(args)
     if args.process_index == 0:
         refuse_used(args.output_dir, args.resume_from_checkpoint)
     push = take_over_push(args, run_args.push_training_state)
@@ -133,7 +136,7 @@ def main(argv=None):
                 hub_source(data_args.dataset_name),
                 split=data.test_split,
                 evaluated=len(data.test),
-                complete=data_args.max_eval_samples is None,
+                complete=len(data.test) == data.test_rows,
             ),
             epochs=epochs_of(trainer.state.log_history),
             metrics=metrics,

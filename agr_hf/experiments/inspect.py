@@ -136,16 +136,17 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
             f"the dataset {source!r} has the columns {', '.join(rows.column_names)}; this model takes "
             + ("image and label" if images else "text")
         )
+    normalization = _normalization(model, name) if images else None
     for batch in rows.iter(batch_size):
-        if images:
+        if normalization:
             # Parquet files of images keep the encoded bytes.
             pictures = [open_image(value["bytes"]) if isinstance(value, Mapping) else value for value in batch[image]]
-            yield _image_batch(model, pictures, torch.tensor(batch[label]), name)
+            yield _image_batch(model, pictures, torch.tensor(batch[label]), *normalization)
         else:
             yield _text_batch(model, batch["text"], name)
 
 
-def _normalization(model: Any, name: str, channels: int) -> tuple[Sequence[float], Sequence[float]]:
+def _normalization(model: Any, name: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of the channels that the model was trained with, where it says so."""
     import timm
     from transformers import AutoImageProcessor
@@ -159,12 +160,14 @@ def _normalization(model: Any, name: str, channels: int) -> tuple[Sequence[float
     except (OSError, ValueError, AttributeError, ImportError):
         said = {}
     mean, std = said.get("mean"), said.get("std")
+    (example,) = random_batches(model, 1, 1)
+    channels = example["x" if "x" in example else "pixel_values"].shape[1]
     if mean is None or std is None or not len(mean) == len(std) == channels:
         return [0.5] * channels, [0.25] * channels
     return mean, std
 
 
-def _image_batch(model: Any, images: list[Any], labels: Tensor, name: str) -> Batch:
+def _image_batch(model: Any, images: list[Any], labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
     from torchvision.transforms import v2
 
     (example,) = random_batches(model, 1, 1)
@@ -179,7 +182,7 @@ def _image_batch(model: Any, images: list[Any], labels: Tensor, name: str) -> Ba
             v2.Grayscale(channels) if channels == 1 else v2.RGB(),
             v2.Resize((height, width), antialias=True),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(*_normalization(model, name, channels)),
+            v2.Normalize(mean, std),
         ]
     )
     return {key: torch.stack([transform(image) for image in images]), "labels": labels}

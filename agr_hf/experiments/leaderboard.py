@@ -31,6 +31,7 @@ PER_RUN = (
     "push_training_state",
     "report_to",
     "parameters",
+    "channels",
 )
 COLUMNS = ("model_name", "unet", "optim", "learning_rate")
 LOWER_IS_BETTER = ("loss", "perplexity", "fid")
@@ -90,7 +91,9 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     for run in {json.dumps(run, sort_keys=True): run for run in runs}.values():
         key = json.dumps([run["task"], run["optimizer"], _settings(run)], sort_keys=True)
         by_seed = groups.setdefault(key, {})
-        seed = json.dumps([run.get("seed"), run["config"].get("data_seed")])
+        # Runs that do not say their seed are taken for different ones.
+        known = f"run {len(by_seed)}" if run.get("seed") is None else run["seed"]
+        seed = json.dumps([known, run["config"].get("data_seed")])
         if seed in by_seed:
             logger.warning(
                 "there are two runs of seed %s that differ in nothing; the one finished last counts", run.get("seed")
@@ -126,7 +129,7 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in run["config"].items() if key not in PER_RUN and not key.startswith("hub_")}
-    return {**settings, "processes": run.get("processes")}
+    return {**settings, "processes": run.get("processes") or 1}
 
 
 def _place(run: Mapping[str, Any]) -> str:

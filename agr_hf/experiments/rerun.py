@@ -219,7 +219,8 @@ def reproduce(
 
 def differences(published: Mapping[str, Any]) -> list[str]:
     """Where this machine is not that of a published run, a sentence each: equal bits are not to be expected then."""
-    here, found = environment(), []
+    on_cpu = {"--cpu", "--use_cpu"} & {word.partition("=")[0] for word in str(published.get("command")).split()}
+    here, found = environment(torch.device("cpu") if on_cpu else None), []
     for key in ("device", "torch_threads", "system"):
         if published.get(key) not in (None, here[key]):
             found.append(f"{key}: published {one_line(published[key])}, here {here[key]}")

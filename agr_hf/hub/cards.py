@@ -30,6 +30,8 @@ CITATION = """@misc{agr2024,
   archivePrefix = {arXiv}
 }"""
 LAYERS_SHOWN = 10
+# What FID and IS are of, by the field's convention.
+SAMPLES = 50_000
 # What the Hub takes for the id of a data set, and for a tag.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
@@ -138,7 +140,7 @@ def model_card(
         optimizer=info.title if info else optimizer,
         source=info.source if info else "Trainer's own",
         dataset=_dataset_words(results.get("dataset") or {}),
-        evaluation=_evaluation_words(results.get("dataset") or {}),
+        evaluation=_evaluation_words(results.get("dataset") or {}, results["metrics"]),
         metrics=[(name, value) for name, value in _metrics(task, results["metrics"]) if value is not None],
         curves=curves,
         samples=urllib.parse.quote(samples) if samples else None,
@@ -220,8 +222,8 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
 def evaluation_file(results: Mapping[str, Any]) -> str | None:
     """`.eval_results/agr_hf.yaml`: the main metric on a complete split of a data set of the Hub; None where there is none.
 
-    The Hub lists such results beside those of others, so a loss, a part of a split, or a distance on a network of the
-    user's choice is not among them.
+    The Hub lists such results beside those of others, so a loss, a part of a split, a distance of fewer than 50,000 samples
+    or on a network of the user's choice is not among them.
     """
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
@@ -232,6 +234,9 @@ def evaluation_file(results: Mapping[str, Any]) -> str | None:
     ]
     hub_id = dataset.get("hub_id")
     if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown or not dataset.get("complete"):
+        return None
+    samples = results["metrics"].get("samples")
+    if results["task"] == "ddpm" and not (isinstance(samples, int) and samples >= SAMPLES):
         return None
     key, label, value = shown[0]
     entry = EvalResultEntry(
@@ -303,11 +308,13 @@ def _dataset_words(dataset: Mapping[str, Any]) -> str:
     return f"{words} from {', '.join(dataset['files'])}" if dataset.get("files") else words
 
 
-def _evaluation_words(dataset: Mapping[str, Any]) -> str | None:
+def _evaluation_words(dataset: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
     """What the metrics are of, where the run wrote it down."""
     if not dataset.get("split"):
         return None
     of = f"{dataset['evaluated']:,} examples" if dataset.get("evaluated") else "examples"
+    if isinstance(metrics.get("samples"), int):
+        of = f"{metrics['samples']:,} samples, against {of}"
     part = "" if dataset.get("complete") else ", a part of it"
     return f"on {of} of the split {dataset['split']!r}{part}"
 

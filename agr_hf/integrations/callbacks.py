@@ -169,6 +169,13 @@ class GradientStatistics(TrainerCallback):
                         self._pending.setdefault(f"gradients/{name}/{key}", []).append(value)
         self._pending.setdefault("gradients/overall/measurements", []).append(1)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # What was measured belongs into the checkpoint: a run resumed from it does not measure it again.
+        if control.should_save and self._pending:
+            control.should_log = True
+
+    on_epoch_end = on_step_end
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._pending and state.log_history:
             state.log_history[-1].update(self._take())

@@ -45,7 +45,8 @@ def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Opti
         """What Trainer asks for: an optimizer class and its arguments, groups under "params"."""
         options = parse_optim_args(info, context.args.optim_args)
         arguments = optimizer_arguments(info, context.args, options)
-        return (_with_agr_flags(info.cls, context.model) if _regularizes(info, arguments) else info.cls), arguments
+        told = context.model is not None and _regularizes(info, arguments)
+        return (_with_agr_flags(info.cls, context.model) if told else info.cls), arguments
 
     return handle
 
@@ -55,9 +56,9 @@ def _with_agr_flags(cls: type[torch.optim.Optimizer], model: torch.nn.Module) ->
 
     class Grouped(cls):  # type: ignore[valid-type, misc]
         def __new__(cls_: type, params: Any, **arguments: Any) -> Any:  # no Grouped: Python calls no __init__ of it
-            groups = list(params)
-            set_agr_flags(groups, model)
-            return cls(groups, **arguments)
+            optimizer = cls(params, **arguments)
+            set_agr_flags(optimizer.param_groups, model)
+            return optimizer
 
     return Grouped
 

@@ -244,12 +244,17 @@ class AGRHandle:
             for param in group["params"]:
                 check_not_flat("attach_agr", param)
             group.setdefault("agr_step", 0)
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        loading = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead leaves it to what it wraps
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            loading.register_load_state_dict_post_hook(self._count),
+        ]
         _ATTACHED[optimizer] = self
 
     def remove(self) -> None:
         """Leave the gradients of later steps as they are. May be called twice."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for optimizer in [optimizer for optimizer, handle in _ATTACHED.items() if handle is self]:
             del _ATTACHED[optimizer]
 
@@ -273,16 +278,21 @@ class AGRHandle:
             return args, {**kwargs, "closure": regularized_closure}
         return (args[0], regularized_closure, *args[2:]), kwargs
 
+    @staticmethod
+    def _count(optimizer: torch.optim.Optimizer) -> None:
+        """Give a count to groups without one: loaded from a state saved without AGR, whose steps are steps of the run too,
+        or added since."""
+        for group in optimizer.param_groups:
+            if "agr_step" not in group:
+                steps = [optimizer.state[p]["step"] for p in group["params"] if "step" in optimizer.state.get(p, {})]
+                group["agr_step"] = int(max(map(float, steps), default=0))
+
     def _advance(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Parameters that Psi applies to in this step. The count lives in the group, so that checkpoints keep it."""
         active: list[Tensor] = []
         check_not_flattened("attach_agr", optimizer.param_groups, self._made_with)
+        self._count(optimizer)
         for group in optimizer.param_groups:
-            if (
-                "agr_step" not in group
-            ):  # of a state saved without AGR, whose steps are steps of the run, or added since
-                steps = [optimizer.state[p]["step"] for p in group["params"] if "step" in optimizer.state.get(p, {})]
-                group["agr_step"] = int(max(map(float, steps), default=0))
             done = group["agr_step"]
             if self.steps is None or done < self.steps:
                 active += [param for param, flag in zip(group["params"], agr_flags(group), strict=True) if flag]

@@ -164,12 +164,14 @@ def add_over_shards(rows: list[list[Tensor]], tensors: Sequence[Tensor]) -> list
         if is_dtensor(tensor):
             meshes.setdefault(tensor.device_mesh, []).append(i)  # type: ignore[attr-defined]
     for mesh, indices in meshes.items():
-        if mesh.get_coordinate() is None:  # type: ignore[attr-defined]
+        place = mesh.get_coordinate()  # type: ignore[attr-defined]
+        if place is None:
             continue  # a mesh of other ranks: nothing of its tensors is here
         flat = torch.stack([row[i].double() if row[i].is_cpu else row[i] for row in rows for i in indices])
         for dims in _reduced_together(mesh, [tensors[i] for i in indices]):
-            # A replicated tensor's sum is complete on every rank: only rank 0 brings it, or it would count twice.
-            mine = [all(_shards(tensors[i], d) or mesh.get_local_rank(d) == 0 for d in dims) for i in indices]  # type: ignore[attr-defined]
+            # A replicated tensor's sum is complete everywhere: only place 0 brings it, or it would count twice. (The rank
+            # within a dimension's group is another number where a mesh has its ranks in an order of its own.)
+            mine = [all(_shards(tensors[i], d) or place[d] == 0 for d in dims) for i in indices]
             if not all(mine):
                 # No mask: a list of the host's would be waited for by a device.
                 kept = zip(flat.unbind(), mine * len(rows), strict=True)

@@ -85,6 +85,7 @@ class StepOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         with_plain_numbers(group)
+        group["decoupled_weight_decay"] = not self.l2_decay(group)
         self._made_with.append(shape_of(group))
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -272,6 +273,7 @@ class StepOptimizer(torch.optim.Optimizer):
                 for key in IMPLEMENTATION_KEYS:
                     group[key] = old[key]
                 _complete(group, old, self.state)
+                group["decoupled_weight_decay"] = not self.l2_decay(group)
 
         # The user's own hooks come before the one, which sees what they leave before torch rounds it to the parameters'
         # dtype, and after the other.
@@ -325,7 +327,7 @@ class StepOptimizer(torch.optim.Optimizer):
                 )
             self._check_shapes(param, state)
         for group in given["param_groups"]:
-            decoupled = group.get("decoupled_weight_decay")  # torch's Adam and AdamW say so
+            decoupled = group.get("decoupled_weight_decay")  # torch's Adam and AdamW say so, and ours
             ours = not self.l2_decay({**self.defaults, **group})
             if decoupled is not None and group.get("weight_decay") and decoupled != ours:
                 kinds = ("decoupled", "L2") if decoupled else ("L2", "decoupled")

@@ -145,8 +145,8 @@ def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch
         model: the U-Net, wrapped or not.
         scheduler: of `ddpm_scheduler()`.
         images: (n, channels, size, size), uint8, on the model's device.
-        generator: on the same device; draws timesteps (n,), flips (n,) and the noise. Its seed becomes that of torch's
-            global state, from which dropout draws: a resumed run has the masks of one never stopped.
+        generator: on the same device; draws timesteps (n,), flips (n,) and the noise. From its seed torch's global state,
+            from which dropout draws, gets another: a resumed run has the masks of one never stopped.
         flip: mirror each image with probability 1/2.
 
     Returns:
@@ -160,7 +160,9 @@ def ddpm_loss(model: nn.Module, scheduler: Any, images: Tensor, generator: torch
     timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (n,), device=device, generator=generator)
     noise = torch.randn(clean.shape, device=device, generator=generator)
     noisy = scheduler.add_noise(clean, noise, timesteps)
-    torch.manual_seed(generator.initial_seed())
+    torch.manual_seed(
+        mixed_seed(generator.initial_seed(), 1)
+    )  # another seed: on a GPU the same would give the same numbers
     return torch.nn.functional.mse_loss(model(noisy, timesteps).sample.float(), noise)
 
 

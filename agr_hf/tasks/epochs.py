@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class EpochData(Protocol):
-    """Training data that differ from epoch to epoch."""
+class EpochData:
+    """Training data that differ from epoch to epoch; a loader's workers see the epoch, also those that outlive one."""
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other draws from now on."""
+        self._epoch.fill_(epoch)
 
 
 class EpochOf(TrainerCallback):
     """Tell the training data which epoch it is.
 
     accelerate does so only where the sampler takes no epoch itself; in runs of several processes it does, and every epoch
-    would have the draws of the first (`DataLoaderShard.set_epoch`, accelerate 1.15). The epoch does not reach workers that
-    outlive it (`dataloader_persistent_workers`).
+    would have the draws of the first (`DataLoaderShard.set_epoch`, accelerate 1.15).
     """
 
     def __init__(self, data: EpochData) -> None:

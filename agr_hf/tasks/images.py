@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from agr_hf.tasks.digits import load_digits
-from agr_hf.tasks.epochs import mixed_seed
+from agr_hf.tasks.epochs import EpochData, mixed_seed
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,10 @@ def hub_source(name: str, revision: str | None = None) -> tuple[str, str] | None
 
 @dataclass(frozen=True)
 class ImageData:
-    """Two data sets for Trainer, and what a model and its preprocessing must know of them."""
+    """Two data sets for Trainer, and what a model and its preprocessing must know of them.
+
+    `test_rows` is how many rows the test split has, of which `test` may be a part.
+    """
 
     train: ImageRows
     test: ImageRows
@@ -89,9 +92,10 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     test_split: str
+    test_rows: int
 
 
-class ImageRows(Dataset[dict[str, Any]]):
+class ImageRows(EpochData, Dataset[dict[str, Any]]):
     """Images kept as bytes (uint8, channels x height x width), turned into float32 pixel values when they are asked for.
 
     Args:
@@ -104,10 +108,11 @@ class ImageRows(Dataset[dict[str, Any]]):
     def __init__(
         self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor], seed: int | None = None
     ) -> None:
+        super().__init__()
         self.images = images
         self.labels = labels
         self.transform = transform
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,17 +120,13 @@ class ImageRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self._pixels(index), "labels": self.labels[index]}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Other draws from now on."""
-        self.epoch = epoch
-
     def _pixels(self, index: int) -> Tensor:
         if self.seed is None:
             return self.transform(self.images[index])
         # torchvision draws from torch's global state, which is the training's.
         state = torch.get_rng_state()
         try:
-            torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index))
+            torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index % len(self)))
             return self.transform(self.images[index])
         finally:
             torch.set_rng_state(state)
@@ -178,6 +179,7 @@ def load_images(
         return _digits(augmentation, max_train, max_test, seed)
     source = SOURCES.get(name)
     train_rows, test_rows, test_split = _rows(name, source, train_file, test_file)
+    test_count = len(test_rows)
     # Sets are often sorted by label. One shuffle for all seeds: they are to differ in the run, not in the data.
     if max_train is not None and max_train < len(train_rows):
         train_rows = train_rows.shuffle(seed=0).select(range(max_train))
@@ -198,7 +200,7 @@ def load_images(
             )
     mean = source.mean if source else (0.485, 0.456, 0.406)
     std = source.std if source else (0.229, 0.224, 0.225)
-    return _image_data(train, test, size, channels, names, mean, std, augmentation, test_split, seed)
+    return _image_data(train, test, size, channels, names, mean, std, augmentation, test_split, test_count, seed)
 
 
 def _own_size(rows: Any) -> int:
@@ -255,7 +257,19 @@ def _digits(augmentation: str, max_train: int | None, max_test: int | None, seed
     images = {n: ((s.pixel_values + 1) * 127.5).round().to(torch.uint8) for n, s in splits.items()}
     train = images["train"][:max_train], splits["train"].labels[:max_train]
     test = images["test"][:max_test], splits["test"].labels[:max_test]
-    return _image_data(train, test, 8, 1, [str(i) for i in range(10)], (0.3053,), (0.3761,), augmentation, "test", seed)
+    return _image_data(
+        train,
+        test,
+        8,
+        1,
+        [str(i) for i in range(10)],
+        (0.3053,),
+        (0.3761,),
+        augmentation,
+        "test",
+        len(images["test"]),
+        seed,
+    )
 
 
 def _image_data(
@@ -268,6 +282,7 @@ def _image_data(
     std: tuple[float, ...],
     augmentation: str,
     test_split: str,
+    test_rows: int,
     seed: int,
 ) -> ImageData:
     return ImageData(
@@ -279,6 +294,7 @@ def _image_data(
         mean,
         std,
         test_split,
+        test_rows,
     )
 
 

@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# total_batch_size is of all processes: the papers' batch, whatever a run is started on.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# total_batch_size is of all processes: the papers' batch, whatever a run is started on. Accumulation multiplies it.
 
 # AGR paper, section 5.1 and 5.3: CIFAR-100 for 200 epochs on 2 GPUs with 64 each; "official default settings" of AdamW (lr
 # 1e-3). Decay 5e-4, milestones 60/120/160 and factor 0.2 are those of the training code it builds on (weiaicunzai's
@@ -90,19 +93,17 @@ def apply_recipe(
         SystemExit: there is no such recipe, or its batch cannot be shared by so many processes; the message says what to do.
     """
     parser.allow_abbrev = False
-    (batch,) = {action.dest for action in parser._actions} & set(BATCH_ARGUMENTS)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--recipe")
-    peek.add_argument(f"--{batch}")
-    given = vars(peek.parse_known_args(sys.argv[1:] if argv is None else argv)[0])
-    name = given["recipe"]
+    name = peek.parse_known_args(sys.argv[1:] if argv is None else argv)[0].recipe
     if name is None:
         return
     if name not in recipes:
         parser.error(f"there is no recipe {name!r}; the names are {', '.join(recipes)}")
     values = dict(recipes[name])
+    (batch,) = {action.dest for action in parser._actions} & set(BATCH_ARGUMENTS)
     total, processes = values.pop("total_batch_size"), int(os.environ.get("WORLD_SIZE", "1"))
-    if total % processes and given[batch] is None:
+    if total % processes and batch not in given(argv):
         parser.error(
             f"the recipe {name!r} has batches of {total}, which {processes} processes cannot share; start another number of "
             f"processes, or pass --{batch}"
@@ -113,3 +114,21 @@ def apply_recipe(
         if action.dest in values:
             action.required = False
     parser.set_defaults(**values)
+
+
+def given(argv: Sequence[str] | None = None) -> set[str]:
+    """Names of the arguments on a command line, as `lr_gamma` of `--lr-gamma=0.2`."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Raise ValueError where Trainer would train on several GPUs from one process, with so many times the batch.
+
+    Neither a recipe's batch nor that of `results.json` would be the one of the run.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs and would train {args.n_gpu} batches as one; start the script with "
+            f"torchrun --nproc_per_node {args.n_gpu}, or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from agr_hf.environment import environment
 from agr_hf.files import write_text
+from agr_hf.integrations.checkpoints import latest_checkpoint
 from agr_hf.optim.flags import agr_flags, unwrapped
 from agr_hf.texts import public
 
@@ -123,16 +124,26 @@ def _raised_by_us(last: TracebackType, script: Path) -> bool:
     return ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def refuse_used(output_dir: str | os.PathLike[str], resume: str | None) -> None:
-    """Raise ValueError where a new run would overwrite another one, or leave its checkpoints among its own."""
+def refuse_used(
+    output_dir: str | os.PathLike[str],
+    resume: str | None,
+    latest: Callable[[Path], Path | None] = latest_checkpoint,
+) -> None:
+    """Raise ValueError where a new run would overwrite another one, or leave its checkpoints among its own.
+
+    Args:
+        output_dir: the run's folder.
+        resume: `--resume_from_checkpoint`.
+        latest: what "latest" means, `latest_checkpoint` of Trainer's or `latest_state` of Accelerate's.
+    """
     folder = Path(output_dir)
-    finished, saved = (folder / "results.json").exists(), next(folder.glob("checkpoint-*"), None)
-    if resume is None and (finished or saved):
+    finished = (folder / "results.json").exists()
+    if resume is None and (finished or next(folder.glob("checkpoint-*"), None)):
         raise ValueError(
             f"{folder} holds a run already; go on with it (--resume_from_checkpoint latest), or pass another --output_dir"
         )
-    if resume == "latest" and finished and not saved:
-        raise ValueError(f"{folder} holds a finished run without checkpoints to go on from; pass another --output_dir")
+    if resume == "latest" and finished and latest(folder) is None:
+        raise ValueError(f"{folder} holds a finished run, and no checkpoint to go on from; pass another --output_dir")
 
 
 def plain(value: Any) -> Any:
@@ -278,12 +289,15 @@ def epochs_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     A second evaluation at the same step is left out.
     """
     epochs: list[dict[str, Any]] = []
-    losses: list[float] = []
+    losses: list[tuple[float, int]] = []  # and of how many steps each is the mean
+    last = 0
     for entry in log_history:
         if "loss" in entry:
-            losses.append(entry["loss"])
+            losses.append((entry["loss"], entry["step"] - last))
+            last = entry["step"]
         if any(key.startswith("eval_") for key in entry) and not (epochs and epochs[-1]["step"] == entry["step"]):
-            loss = sum(losses) / len(losses) if losses else None
+            steps = sum(steps for _, steps in losses)
+            loss = sum(loss * steps for loss, steps in losses) / steps if steps else None
             epochs.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": loss, **evaluation_of(entry)})
             losses = []
     return epochs

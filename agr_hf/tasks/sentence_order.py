@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from agr_hf.metrics import metric_path
+from agr_hf.tasks.epochs import EpochData
 from agr_hf.tasks.text import Article, split_sentences
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 IGNORED = -100  # of torch's cross entropy
 
 
-class SentenceChunks(Dataset[dict[str, Any]]):
+class SentenceChunks(EpochData, Dataset[dict[str, Any]]):
     """Runs of consecutive sentences, each within one article and filling the length: what pairs of segments are cut from.
 
     Sentences are packed greedily until the next would not fit beside [CLS] and two [SEP]. One longer than half of the room
@@ -55,7 +56,8 @@ class SentenceChunks(Dataset[dict[str, Any]]):
             raise ValueError(f"max_length={max_length} is not allowed; it must be at least 16")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not say where words begin; pass a fast tokenizer")
-        self.seed, self.dynamic, self.epoch = seed, dynamic, 0
+        super().__init__()
+        self.seed, self.dynamic = seed, dynamic
         room = max_length - 3
         special = set(tokenizer.all_special_ids)
         ids: list[np.ndarray] = []
@@ -119,7 +121,7 @@ class SentenceChunks(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Other splits, swaps and masks from now on, unless `dynamic=False`."""
         if self.dynamic:
-            self.epoch = epoch
+            super().set_epoch(epoch)
 
 
 def _pieces(begins: Sequence[bool], limit: int) -> list[tuple[int, int]]:

@@ -65,6 +65,15 @@ def test_the_newer_evaluation_file(results):
         assert evaluation_file({**results, "metrics": metrics}) is None
 
 
+def test_a_distance_of_few_samples_is_none_to_compare_with(results):
+    results |= {"task": "ddpm", "metrics": {"loss": 0.03, "fid": 33.0, "samples": 500}}
+    assert evaluation_file(results) is None
+    assert "Measured on 500 samples, against 50 examples of the split 'test'." in model_card(results, "tester/run")
+    results["metrics"]["samples"] = 50_000
+    (entry,) = yaml.safe_load(evaluation_file(results))
+    assert (entry["dataset"]["task_id"], entry["value"]) == ("unconditional-image-generation_fid", 33.0)
+
+
 def test_the_card_says_what_the_metrics_are_of(results):
     results["dataset"] |= {"split": "valid", "config": "plain_text"}
     card = model_card(results, "tester/run")

@@ -125,3 +125,11 @@ def test_a_repetition_of_a_seed_is_no_second_run(tmp_path, caplog):
     assert "processes=1" in table[0]
     assert "| 1 | Top-1 accuracy | 0.5 |" in table[1]
     assert "two runs of seed 0 that differ in nothing; the one finished last counts" in caplog.text
+
+
+def test_runs_without_a_seed_and_older_runs_without_processes_are_counted(tmp_path):
+    made_up(tmp_path / "a", 5.0, seed=None)
+    made_up(tmp_path / "b", 6.0, seed=None, processes=None)
+    made_up(tmp_path / "c", 7.0, seed=1, config={"model_name": "mlp", "learning_rate": 1e-3, "channels": 3})
+    (row,) = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
+    assert "| 3 | Top-1 accuracy | 0.6 ± 0.1 |" in row

@@ -278,3 +278,26 @@ def test_by_name_the_groups_are_those_of_the_trainer_at_hand(tmp_path):
     made[1].load_state_dict(made[0].state_dict())
     copy.deepcopy(made[1])
     pickle.loads(pickle.dumps(made[1]))
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        lambda model: model.parameters(),
+        lambda model: model.named_parameters(),
+        lambda model: [{"params": param} for param in model.parameters()],
+        lambda model: [{"params": (param for param in model.parameters())}],
+    ],
+    ids=["parameters", "named", "a group each", "a generator"],
+)
+def test_a_trainer_may_make_its_groups_as_torch_allows(groups, tmp_path):
+    model = small_model()
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="agr_adamw"), model)
+    optimizer = cls(groups(model), **kwargs)
+    flags = {
+        p: flag for group in optimizer.param_groups for p, flag in zip(group["params"], agr_flags(group), strict=True)
+    }
+    wanted = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert {param for param, flag in flags.items() if flag} == wanted
+    without_model, _ = Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="agr_adamw"))
+    assert without_model is AGRAdamW

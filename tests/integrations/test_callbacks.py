@@ -363,3 +363,33 @@ def test_asking_the_model_disturbs_no_random_state_and_no_mode(tmp_path):
         trainer_of(model, args, callbacks=callbacks, optimizers=(optimizer, None), train_dataset=small_data(96)).train()
         ends.append(model.linear.weight.detach().clone())
     assert torch.equal(*ends)
+
+
+def test_measurements_before_a_checkpoint_are_in_it(tmp_path):
+    """Else a resumed run would write down fewer of them than one never stopped."""
+
+    def trained(resume=None):
+        args = arguments(tmp_path, optim="agr_adamw", logging_steps=20, save_strategy="steps", save_steps=6)
+        trainer = trainer_of(small_model(), args)
+        GradientStatistics(every=1).attach(trainer)
+        train(trainer, resume)
+        return gradients_of(trainer.state.log_history)
+
+    whole = trained()
+    assert whole["measurements"] == 20
+    assert trained(str(tmp_path / "checkpoint-12")) == whole
+
+
+def test_a_suspension_reaches_agr_attached_to_a_state_saved_without_it(tmp_path):
+    model = small_model()
+    stock = torch.optim.AdamW(agr_param_groups(model), lr=1e-3)
+    args = arguments(tmp_path / "stock", max_steps=4, save_strategy="steps", save_steps=4)
+    trainer_of(model, args, optimizers=(stock, None)).train()
+    optimizer = torch.optim.AdamW(agr_param_groups(model), lr=1e-3)
+    attach_agr(optimizer)
+    flags = Flags()
+    args = arguments(tmp_path, max_steps=8)
+    callbacks = [SuspendAGR(at_epoch=0), flags]
+    trainer = trainer_of(model, args, optimizers=(optimizer, None), callbacks=callbacks)
+    train(trainer, str(tmp_path / "stock/checkpoint-4"))
+    assert flags.on == [False] * 4

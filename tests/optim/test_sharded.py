@@ -207,10 +207,11 @@ def check_two_dimensions():
     """Four processes, sharded data and tensor parallel: FSDP2 over tensor parallelism, and parameters laid any way."""
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    jumbled = DeviceMesh("cpu", [[3, 1], [0, 2]])
     ways = [(Shard(0), Shard(1)), (Replicate(), Shard(0)), (Shard(1), Replicate()), (Replicate(), Replicate())]
     torch.manual_seed(0)
     starts = [torch.randn(6, 5, dtype=torch.float64) for _ in ways]
@@ -232,6 +233,16 @@ def check_two_dimensions():
         for p, q in zip(whole, laid_out, strict=True):
             torch.testing.assert_close(q.detach().full_tensor(), p.detach(), rtol=1e-12, atol=1e-12)
 
+    # Ranks in an order of their own; torch's distribute_tensor itself mistakes their places there.
+    whole = [torch.randn(6, 4, dtype=torch.float64) for _ in ways]
+    shards = []
+    for t, way in zip(whole, ways, strict=True):
+        for dim, placement in enumerate(way):
+            if placement.is_shard():
+                t = t.chunk(2, placement.dim)[jumbled.get_coordinate()[dim]]
+        shards.append(DTensor.from_local(t.contiguous(), jumbled, way, run_check=False))
+    for norm, t in zip(l1_norms(shards), whole, strict=True):
+        torch.testing.assert_close(norm, t.abs().sum(), rtol=1e-14, atol=0)
     # Two meshes of half of the ranks, of two dimensions too, must not be added up.
     half = dist.get_rank() // 2
     mine = [DeviceMesh("cpu", ranks) for ranks in ([[0, 1]], [[2, 3]])][half]

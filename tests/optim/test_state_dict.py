@@ -318,3 +318,18 @@ def test_options_of_a_loaded_state_are_checked_before_anything_changes(options, 
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["second_moment"] == "raw"
+
+
+def test_the_kind_of_weight_decay_goes_with_the_state_of_ours_too():
+    params = as_parameters(initial(), torch.float32)
+    ours = AGRAdamW(params, weight_decay=0.1)
+    with pytest.raises(ValueError, match="that is decoupled, and that of AGRAdam is L2"):
+        AGRAdam(params).load_state_dict(ours.state_dict())
+    stock = torch.optim.Adam(params)
+    stock.load_state_dict(ours.state_dict())  # torch's Adam then decays as AdamW
+    assert stock.param_groups[0]["decoupled_weight_decay"]
+    for decoupled in (True, False):
+        adal = AdaL(params, weight_decay=0.1, decoupled=decoupled)
+        other = AdaL(params, decoupled=not decoupled)
+        other.load_state_dict(adal.state_dict())  # the option is among what is loaded
+        assert other.param_groups[0]["decoupled"] == other.param_groups[0]["decoupled_weight_decay"] == decoupled

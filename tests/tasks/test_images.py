@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image as Picture
+from torch.utils.data import DataLoader
 
 from agr_hf.tasks import unlabelled_images
 from agr_hf.tasks.classifiers import ALIASES, SMALL_STEMS, architecture, classifier, parameter_count
@@ -254,3 +255,24 @@ def test_recipes_name_known_models_data_and_optimizers():
         assert recipe["optim"] in list_optimizers()
         assert recipe["dataset_name"] in SOURCES
         architecture(recipe["model_name"], SOURCES[recipe["dataset_name"]].size, 3)
+
+
+def test_workers_that_outlive_an_epoch_augment_the_next_one_otherwise():
+    rows = load_images("digits", augmentation="flip-crop", max_train=16).train
+    loader = DataLoader(rows, batch_size=16, num_workers=1, persistent_workers=True)
+    drawn = []
+    for epoch in (0, 1, 0):
+        rows.set_epoch(epoch)
+        drawn += [batch["pixel_values"] for batch in loader]
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_how_many_rows_the_test_split_has_is_known(tmp_path):
+    good = [(png((i, i, i)), 0) for i in range(5)]
+    data = load_images("cifar10", *files(tmp_path, good, [*good, ({"bytes": b"no image", "path": None}, 0)]))
+    assert (len(data.test), data.test_rows) == (5, 6)
+    data = load_images("cifar10", *files(tmp_path, good), max_test=3)
+    assert (len(data.test), data.test_rows) == (3, 5)
+    digits = load_images("digits", max_test=1000)
+    assert len(digits.test) == digits.test_rows == 360

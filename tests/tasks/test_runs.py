@@ -33,10 +33,12 @@ def test_a_new_run_does_not_begin_in_the_folder_of_another(left, tmp_path):
     with pytest.raises(ValueError, match="holds a run already; go on with it"):
         refuse_used(tmp_path, None)
     if left == "checkpoint-8":
+        refuse_used(tmp_path, "latest")  # nothing is lost: there is no finished run
+    (tmp_path / "results.json").mkdir(exist_ok=True)
+    (tmp_path / "checkpoint-8").mkdir(exist_ok=True)  # not complete
+    with pytest.raises(ValueError, match="holds a finished run, and no checkpoint to go on from"):
         refuse_used(tmp_path, "latest")
-    else:
-        with pytest.raises(ValueError, match="holds a finished run without checkpoints to go on from"):
-            refuse_used(tmp_path, "latest")
+    refuse_used(tmp_path, "latest", lambda folder: folder / "checkpoint-8")
     refuse_used(tmp_path, str(tmp_path / "checkpoint-8"))
 
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load
 
 from agr_hf import list_optimizers
 from agr_hf.tasks.images import load_images
-from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe
+from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe, refuse_data_parallel
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "training_scripts/train_image_classifier.py"
@@ -147,7 +148,7 @@ def batch_of_recipe(*words):
     """What `--recipe adal-cifar10` makes of the batch of one process; TrainingArguments would wait for the others."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--recipe")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--per_device_train_batch_size", "--per-device-train-batch-size", type=int, default=8)
     words = ["--recipe", "adal-cifar10", *words]
     apply_recipe(parser, IMAGE_RECIPES, words)
     return parser.parse_args(words).per_device_train_batch_size
@@ -165,6 +166,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_unless_told(monkeypatch,
         batch_of_recipe()
     assert "batches of 128, which 3 processes cannot share" in capsys.readouterr().err
     assert batch_of_recipe("--per_device_train_batch_size", "40") == 40
+    assert batch_of_recipe("--per-device-train-batch-size=40") == 40
 
 
 def test_an_abbreviated_recipe_is_not_noted_down_and_left_out():
@@ -177,7 +179,10 @@ def test_a_schedule_of_the_command_line_wins_over_the_milestones_of_a_recipe():
     parse = runpy.run_path(str(SCRIPT))["parse_args"]
     words = ["--recipe", "agr-cifar10", "--output_dir", "x"]
     assert parse(words)[2].lr_milestones == [60, 120, 160]
-    for schedule in (["--lr_scheduler_type", "cosine"], ["--warmup_steps", "500"]):
+    assert parse([*words, "--lr_milestones", "5"])[3].lr_scheduler_type == "constant"  # and not, as noted down, linear
+    tiny = parse(["--recipe", "agr-tiny-imagenet", "--output_dir", "x", "--lr_milestones", "100"])
+    assert (tiny[2].lr_milestones, tiny[3].lr_scheduler_type, tiny[3].warmup_steps) == ([100], "constant", 0)
+    for schedule in (["--lr_scheduler_type=linear"], ["--lr-scheduler-type", "cosine"], ["--warmup_steps", "500"]):
         assert parse([*words, *schedule])[2].lr_milestones is None
         with pytest.raises(ValueError, match="lr_milestones are a schedule of their own"):
             parse([*words, *schedule, "--lr_milestones", "5"])
@@ -191,3 +196,10 @@ def test_milestones_are_epochs_of_the_batches_that_are_kept(tmp_path):
     state = json.loads((tmp_path / "checkpoint-22/trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates == pytest.approx([1e-3] * 11 + [1e-4] * 11)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    """Their batch would be so many times that of the recipe, and of the command in results.json."""
+    refuse_data_parallel(SimpleNamespace(n_gpu=1))
+    with pytest.raises(ValueError, match="start the script with torchrun --nproc_per_node 2"):
+        refuse_data_parallel(SimpleNamespace(n_gpu=2))
