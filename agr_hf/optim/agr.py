@@ -12,9 +12,10 @@ from agr_hf.optim.adam import adam_, can_fuse, fold_psi_into_momentum, fused_ada
 from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.backends.multi_tensor import Scalar
 from agr_hf.optim.flags import agr_flags, unwrapped
+from agr_hf.optim.flattened import check_not_flat, check_not_flattened, shape_of
 from agr_hf.optim.hyperparameters import is_count
 from agr_hf.optim.norms import is_dtensor, l1_norms, local, reduced
-from agr_hf.optim.step import StepOptimizer, check_not_flat, check_not_flattened, shape_of
+from agr_hf.optim.step import StepOptimizer
 from agr_hf.optim.work import Batch
 
 

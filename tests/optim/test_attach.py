@@ -111,7 +111,7 @@ def test_a_closures_gradients_are_regularized_after_each_evaluation(as_keyword):
 
 
 def test_an_accelerate_wrapped_optimizer_is_unwrapped():
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is missing: pip install accelerate")
     model = torch.nn.Linear(3, 2)
     prepared_model, optimizer = accelerate.Accelerator(cpu=True).prepare(
         model, torch.optim.SGD(model.parameters(), 0.0)
