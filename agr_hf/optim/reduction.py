@@ -16,8 +16,8 @@ from agr_hf.optim.work import Work, batches
 def reduce_norms(works: Sequence[Work], groups: Sequence[dict[str, Any]]) -> dict[int, Scalar]:
     """Fill in `norm` and `square` of every tensor that needs them.
 
-    Sums of magnitudes and of squares travel in one vector, so a sharded step has one collective a mesh dimension. Only
-    L2 decay with clipping takes a second: its norm is of a gradient that the first has to clip.
+    Sums of magnitudes and of squares travel in one vector: one collective a mesh (see `add_over_shards`). Only L2 decay with
+    clipping takes a second: its norm is of a gradient that the first has to clip.
 
     Returns:
         What the gradients of each group, by its id, are multiplied by: -1 to maximize, times the clipping factor.
