@@ -21,6 +21,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="agr-hf", description="AGR and AdaL for the Hugging Face ecosystem.")
     top.add_argument("--version", action="version", version=f"agr-hf {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    env = commands.add_parser(
+        "env", help="versions, device, and what computes a step here: for bug reports and slow steps"
+    )
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=run_env)
     demo = commands.add_parser("demo", help="train AdamW, AdamW(AGR) and AdaL side by side on real digits (minutes)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the results (%(default)s)")
     demo.add_argument("--seeds", type=count, default=3, help="seeds for each optimizer (%(default)s)")
@@ -67,6 +72,29 @@ def parser() -> argparse.ArgumentParser:
     board.add_argument("runs", nargs="+", help="run folders, folders of them, or repositories on the Hub")
     board.set_defaults(run=run_leaderboard)
     return top
+
+
+def run_env(arguments: argparse.Namespace) -> None:
+    import json
+
+    from agr_hf.environment import describe_backends, describe_instructions, environment, explain_slow_steps
+
+    found = {**environment(), "backends": describe_backends(), "notes": explain_slow_steps()}
+    found["instructions"] = describe_instructions()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for package, version in found["versions"].items():
+        print(f"{package:18} {version}")
+    print(f"{'device':18} {found['device']} ({found['devices']}), {found['system']}")
+    print(f"{'CPU':18} {found['cpu_cores']} cores, torch uses {found['torch_threads']} threads")
+    for name, backend in found["backends"].items():
+        if backend is True:
+            print(f"{name:18} available" + (f" ({found['instructions']})" if name == "native" else ""))
+        else:
+            print(f"{name:18} not available: {backend['why']}; {backend['what_to_do']}")
+    for note in found["notes"]:
+        print(f"note: {note}")
 
 
 def run_card(arguments: argparse.Namespace) -> None:

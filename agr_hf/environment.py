@@ -1,4 +1,4 @@
-"""The conditions of a result: versions and device. No path, user or host name."""
+"""The conditions of a result: versions, device, and what computes a step here. No path, user or host name."""
 
 from __future__ import annotations
 
@@ -37,6 +37,52 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def describe_backends() -> dict[str, Any]:
+    """Which backends of the step are there: true, or `{"available": False, "why": ..., "what_to_do": ...}`."""
+    from agr_hf.optim.backends import native
+
+    missing = {
+        "available": False,
+        "why": f"its extension was not built: {native.WHY_NOT}",
+        "what_to_do": "install a C compiler (gcc or clang) and install agr-hf again from source: pip install "
+        "--force-reinstall --no-deps --no-binary agr-hf agr-hf",
+    }
+    return {
+        "native": missing if native.WHY_NOT else True,
+        "triton": {
+            "available": False,
+            "why": "this version of agr-hf has no Triton kernels",
+            "what_to_do": "nothing: on a GPU the multi-tensor path serves",
+        },
+        "multi_tensor": True,
+    }
+
+
+def describe_instructions() -> str | None:
+    """The instruction set that the native step computes with: avx512, avx2 or baseline."""
+    from agr_hf.optim.backends import native
+
+    return None if native.WHY_NOT else native.select_instructions()
+
+
+def explain_slow_steps() -> list[str]:
+    """What of the surroundings makes a step on the CPU slow, a sentence each."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    if threads >= cores or threads > 1:
+        return []
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        reason = "OMP_NUM_THREADS=1 is set, as torchrun and accelerate launch set it for every process"
+    else:
+        reason = "torch was limited to one thread"
+    return [
+        f"A step on the CPU uses 1 of {cores} cores: {reason}. Set OMP_NUM_THREADS to the cores of a process before the launch, "
+        "or call torch.set_num_threads."
+    ]
 
 
 def cpu_name() -> str:

@@ -24,7 +24,7 @@ from transformers import (
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
 from agr_hf.optim.flags import agr_flags, unwrapped
-from agr_hf.optim.hyperparameters import is_at_least_zero
+from agr_hf.optim.options import is_at_least_zero
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
 logger = logging.getLogger(__name__)

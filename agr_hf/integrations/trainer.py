@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import resolve_checkpoint
-from agr_hf.optim.norms import is_dtensor
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
+from agr_hf.optim.shards import is_dtensor
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments

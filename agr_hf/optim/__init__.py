@@ -3,10 +3,12 @@
 from agr_hf.optim.acprop import ACProp
 from agr_hf.optim.adal import AdaL
 from agr_hf.optim.adan import Adan, AGRAdan
-from agr_hf.optim.agr import AGRAdam, AGRAdamW, agr, attach_agr
+from agr_hf.optim.agr_adam import AGRAdam, AGRAdamW
+from agr_hf.optim.attach import attach_agr
 from agr_hf.optim.norms import l1_norms
 from agr_hf.optim.nosadam import NosAdam
 from agr_hf.optim.param_groups import agr_param_groups
+from agr_hf.optim.psi import agr
 from agr_hf.optim.registry import create_optimizer, list_optimizers
 
 __all__ = [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from agr_hf.optim.backends import multi_tensor as mt
+from agr_hf.optim.backends.lists import Batch
+from agr_hf.optim.options import StepOptions
 from agr_hf.optim.step import StepOptimizer
-from agr_hf.optim.work import Batch
 
 
 class ACProp(StepOptimizer):
@@ -25,10 +26,10 @@ class ACProp(StepOptimizer):
         betas: decay rates of the mean that centres, and of the second moment. Default (0.9, 0.999).
         eps: added to the second moment, and to its root. Default 1e-8.
         weight_decay: L2 penalty, part of the gradient. Default 0 (the CIFAR script: 5e-4).
-        max_grad_norm, foreach, fused, maximize, capturable: as `AGRAdamW`; there is no fused kernel.
+        **options: `max_grad_norm`, `foreach`, `fused` (there is no native step), `maximize` and `capturable` as `AGRAdamW`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is complex, quantized or a flattened shard.
+        TypeError, ValueError: as `AGRAdamW`.
     """
 
     state_keys = ("exp_avg", "exp_avg_var")
@@ -40,31 +41,15 @@ class ACProp(StepOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        max_grad_norm: float | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
     def update(self, batch: Batch) -> None:
         beta1, beta2 = batch.group["betas"]
         eps, lr = batch.group["eps"], batch.lr
         means, variances = batch.state["exp_avg"], batch.state["exp_avg_var"]
-        if batch.first:
+        if batch.is_first:
             if isinstance(lr, Tensor):
                 mt.add_(batch.params, mt.mul(batch.grads, -lr))
             else:

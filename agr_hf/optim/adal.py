@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Mapping
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
-from agr_hf.optim.adam import adam_, can_fuse, fused_adam_
+from agr_hf.optim.agr_adam import adam_
 from agr_hf.optim.backends import multi_tensor as mt
+from agr_hf.optim.backends.lists import Batch
+from agr_hf.optim.options import AdaLOptions
+from agr_hf.optim.plan import Plan
 from agr_hf.optim.step import StepOptimizer
-from agr_hf.optim.work import Batch
+
+# The second moment keeps (norm * gradient)^2 in float32.
+LARGEST_SCALED = torch.finfo(torch.float32).max ** 0.5
 
 
 class AdaL(StepOptimizer):
@@ -17,27 +25,31 @@ class AdaL(StepOptimizer):
 
     `g^ = ||g||_1 g` for each tensor, biases too ("parameters in one layer share the same coefficient"), then Adam with
     bias correction. The step is `m^ / (sqrt(v^) + eps)`: the printed `v^-1/2 + eps` is infinite at v = 0. g^ is of
-    degree 2 in the gradient, so loss scales must be taken out first (torch's GradScaler does). State keys are those of
-    `torch.optim.Adam`, but the moments are of another scale: a state of Adam is refused, and AdaL's by the others.
+    degree 2 in the gradient, so loss scales must be taken out first (torch's GradScaler does). The moments are of another
+    scale than Adam's and have keys of their own, `scaled_exp_avg` and `scaled_exp_avg_sq`: neither takes the other's state.
+
+    Range: `(||g||_1 |g|)^2` must fit float32, so `||g||_1 |g|` may be 1.8e19 at most (20 elements of 1e9, a million of
+    4e6); beyond it steps shrink to nothing or become NaN, and a warning says so once (where the host knows the norms: not on
+    a GPU). Where it falls below eps, 1e-8, steps shrink too.
 
     Args:
         params: parameters, or groups.
         lr: learning rate, a number or a tensor with one element. Default 1e-3. The paper's theory has lr / sqrt(t): use
             a scheduler for that.
         betas: decay rates of the two moments. Default (0.9, 0.999).
-        eps: added to the root of the second moment. Default 1e-8. Scaled gradients can be tiny: where
-            `||g||_1 |g|` falls below eps the steps shrink.
+        eps: added to the root of the second moment. Default 1e-8.
         weight_decay: L2 penalty, part of the gradient before its norm is taken. Default 0.
-        decoupled: decay as AdamW does instead. Default False.
-        max_grad_norm: clip the global l2 norm of the raw gradients first, without touching `.grad`. Default None.
-        foreach, fused, maximize, capturable: as `AGRAdamW`.
+        **options: `decoupled`: decay as AdamW does instead, default False. `max_grad_norm` (of the raw gradients, before they
+            are scaled), `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is complex, quantized or a flattened shard.
+        TypeError, ValueError: as `AGRAdamW`.
     """
 
+    option_types = AdaLOptions
+    state_keys = ("scaled_exp_avg", "scaled_exp_avg_sq")
     uses_norms = True
-    fused_devices = ("cpu",)
+    native_rule = "adam"
 
     def __init__(
         self,
@@ -46,35 +58,35 @@ class AdaL(StepOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        decoupled: bool = False,
-        max_grad_norm: float | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
+        **options: Unpack[AdaLOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled": decoupled,
-            "max_grad_norm": max_grad_norm,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+        self._has_warned = False
 
-    def l2_decay(self, group: dict[str, Any]) -> bool:
+    def l2_decay(self, group: Mapping[str, Any]) -> bool:
         return not group["decoupled"]
 
     def update(self, batch: Batch) -> None:
         decay = 0.0 if self.l2_decay(batch.group) else batch.group["weight_decay"]
         scaled = list(mt.mul(batch.grads, batch.norms))
-        if can_fuse(batch):
-            fused_adam_(batch, scaled, decay)
-        else:
-            adam_(batch, scaled, scaled, decay)
+        adam_(batch, scaled, scaled, decay)
+
+    def after_step(self, plan: Plan) -> None:
+        """Warn once where a scaled gradient leaves the range of the second moment."""
+        if getattr(self, "_has_warned", False):
+            return
+        for part in plan.parts:
+            for row, norm in zip(part.rows, part.norms, strict=False):
+                # The largest element is at most the norm, and looked at only where that is not enough.
+                if isinstance(norm, Tensor) or not LARGEST_SCALED < norm * norm < float("inf"):
+                    continue
+                grad = plan.params[row.index].grad
+                if grad is not None and norm * float(grad.detach().abs().max()) > LARGEST_SCALED:
+                    self._has_warned = True
+                    warnings.warn(
+                        f"AdaL: a gradient of shape {tuple(grad.shape)} has the l1 norm {norm:.3g}, and norm times gradient "
+                        f"leaves the range of its second moment ({LARGEST_SCALED:.2g}): its steps shrink to nothing or become "
+                        "NaN; unscale the gradients of a scaled loss first, or divide the loss",
+                        stacklevel=4,
+                    )
+                    return

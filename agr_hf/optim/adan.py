@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from torch import Tensor
 
-from agr_hf.optim.agr import psi, shrink_all
 from agr_hf.optim.backends import multi_tensor as mt
+from agr_hf.optim.backends.lists import Batch, Item
+from agr_hf.optim.options import AdanOptions, AGRAdanOptions
+from agr_hf.optim.psi import psi, shrink_all
 from agr_hf.optim.step import StepOptimizer
-from agr_hf.optim.work import Batch, Work
 
 
 class _Adan(StepOptimizer):
     # The previous gradient is kept with its sign changed, as timm does: adding to it gives the difference in place.
     state_keys = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
     betas_count = 3
+    native_rule = "adan"
 
-    def l2_decay(self, group: dict[str, Any]) -> bool:
+    def l2_decay(self, group: Mapping[str, Any]) -> bool:
         return False
 
     def adan_(self, batch: Batch, grads: list[Tensor], momentum_grads: list[Tensor], diffs: list[Tensor]) -> None:
@@ -32,11 +35,11 @@ class _Adan(StepOptimizer):
         mt.lerp_(state["exp_avg"], momentum_grads, 1 - beta1)
         mt.mul_(state["exp_avg_diff"], beta2)
         mt.add_(state["exp_avg_diff"], diffs, alpha=1 - beta2)
-        looking_ahead = state["neg_pre_grad"]  # holds g - g_prev here; its memory is free until the end
-        mt.mul_(looking_ahead, beta2)
-        mt.add_(looking_ahead, grads)
+        nesterov_grads = state["neg_pre_grad"]  # holds g - g_prev here; its memory is free until the end
+        mt.mul_(nesterov_grads, beta2)
+        mt.add_(nesterov_grads, grads)
         mt.mul_(state["exp_avg_sq"], beta3)
-        mt.addcmul_(state["exp_avg_sq"], looking_ahead, looking_ahead, value=1 - beta3)
+        mt.addcmul_(state["exp_avg_sq"], nesterov_grads, nesterov_grads, value=1 - beta3)
         denominators = mt.sqrt(state["exp_avg_sq"])
         mt.div_(denominators, [(1 - beta3**step) ** 0.5 for step in batch.steps])
         mt.add_(denominators, group["eps"])
@@ -54,7 +57,7 @@ class _Adan(StepOptimizer):
     @staticmethod
     def difference_(batch: Batch, grads: list[Tensor]) -> list[Tensor]:
         """g - g_prev in the memory of `neg_pre_grad`; 0 in the first step."""
-        if not batch.first:
+        if not batch.is_first:
             mt.add_(batch.state["neg_pre_grad"], grads)
         return batch.state["neg_pre_grad"]
 
@@ -69,13 +72,14 @@ class Adan(_Adan):
             (1 - the paper's). Default (0.98, 0.92, 0.99).
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: decay outside the gradient. Default 0.
-        proximal: decay as `p /= 1 + lr * weight_decay` after the update; False decays `p *= 1 - lr * weight_decay`
-            before it. Default True.
-        max_grad_norm, foreach, fused, maximize, capturable: as `AGRAdamW`; there is no fused kernel yet.
+        **options: `proximal`: decay as `p /= 1 + lr * weight_decay` after the update, False as `p *= 1 - lr * weight_decay`
+            before it, default True. `max_grad_norm`, `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is complex, quantized or a flattened shard.
+        TypeError, ValueError: as `AGRAdamW`.
     """
+
+    option_types = AdanOptions
 
     def __init__(
         self,
@@ -84,27 +88,9 @@ class Adan(_Adan):
         betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        proximal: bool = True,
-        max_grad_norm: float | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
+        **options: Unpack[AdanOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "proximal": proximal,
-            "max_grad_norm": max_grad_norm,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
     def update(self, batch: Batch) -> None:
         self.adan_(batch, batch.grads, batch.grads, self.difference_(batch, batch.grads))
@@ -119,17 +105,18 @@ class AGRAdan(_Adan):
     picture). With "regularized", Psi(g) takes the place of g everywhere, as the authors' code does.
 
     Args:
-        params, lr, betas, eps, weight_decay, proximal: as `Adan`.
-        agr, agr_steps, min_ndim, second_moment: as `AGRAdamW`.
-        max_grad_norm, foreach, fused, maximize, capturable: as `AGRAdamW`; there is no fused kernel yet.
+        params, lr, betas, eps, weight_decay: as `Adan`.
+        **options: `proximal` as `Adan`; `agr`, `agr_steps`, `min_ndim`, `second_moment`, `max_grad_norm`, `foreach`, `fused`,
+            `maximize` and `capturable` as `AGRAdamW`.
 
     Raises:
-        ValueError: a hyperparameter is out of range, or a parameter is complex, quantized or a flattened shard.
+        TypeError, ValueError: as `AGRAdamW`.
     """
 
     # The l1 norm that the previous gradient was regularized with, infinite where it was not: what turns the raw
     # previous gradient into Psi of it without keeping both.
     scalar_state = {"pre_l1_norm": float("inf")}
+    option_types = AGRAdanOptions
 
     def __init__(
         self,
@@ -138,36 +125,9 @@ class AGRAdan(_Adan):
         betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        proximal: bool = True,
-        agr: bool = True,
-        agr_steps: int | None = None,
-        min_ndim: int = 2,
-        second_moment: Literal["raw", "regularized"] = "raw",
-        max_grad_norm: float | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
+        **options: Unpack[AGRAdanOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "proximal": proximal,
-            "agr": agr,
-            "agr_steps": agr_steps,
-            "agr_step": 0,
-            "min_ndim": min_ndim,
-            "second_moment": second_moment,
-            "max_grad_norm": max_grad_norm,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
     def update(self, batch: Batch) -> None:
         if batch.group["second_moment"] == "regularized":
@@ -178,7 +138,7 @@ class AGRAdan(_Adan):
             self.adan_(batch, batch.grads, batch.grads, self.difference_(batch, batch.grads))
             return
         regularized = psi(batch)
-        if batch.first:
+        if batch.is_first:
             diffs = batch.state["neg_pre_grad"]  # zero
         else:
             # Psi is odd, so Psi(-g_prev) = -Psi(g_prev).
@@ -186,7 +146,7 @@ class AGRAdan(_Adan):
         self.difference_(batch, batch.grads)
         self.adan_(batch, batch.grads, regularized, diffs)
 
-    def finish(self, works: list[Work]) -> None:
-        for work in works:
-            norm = work.norm if work.psi and work.group["second_moment"] == "raw" else None
-            work.scalars["pre_l1_norm"].fill_(float("inf") if norm is None else norm)
+    def finish(self, items: list[Item]) -> None:
+        for item in items:
+            norm = item.norm if item.psi and item.group["second_moment"] == "raw" else None
+            item.scalars["pre_l1_norm"].fill_(float("inf") if norm is None else norm)

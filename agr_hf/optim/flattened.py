@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
+
+# What DeepSpeed's ZeRO stages 1 and 2, and 3, leave on the parameters that it takes out of an optimizer's groups.
+ZERO_MARKS = ("_hp_mapping", "ds_id")
 
 
 def check_not_flat(name: str, param: Tensor) -> None:
@@ -19,27 +23,31 @@ def check_not_flat(name: str, param: Tensor) -> None:
         )
 
 
-def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], made_with: Sequence[tuple[int, set[int]]]) -> None:
-    """Raise RuntimeError where DeepSpeed ZeRO swapped a group's parameters for one flat partition, after `name` was made.
+def remember_params(group: dict[str, Any]) -> list[Any]:
+    """Weak references to the parameters of a group as it was given."""
+    return [ref(param) for param in group["params"]]
+
+
+def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], given: Sequence[list[Any]]) -> None:
+    """Raise RuntimeError where DeepSpeed ZeRO has put one flat partition in the place of a group's parameters.
 
     Args:
         name: of the optimizer, for the message.
         groups: as they are.
-        made_with: `shape_of` each group as it was.
+        given: `remember_params` of each group as it was. Parameters that the user replaced are no reason to refuse.
     """
-    if len(groups) != len(made_with):
-        return  # the user edited the groups
-    for group, (matrices, vectors) in zip(groups, made_with, strict=True):
+    for group, references in zip(groups, given, strict=False):
         params = group["params"]
-        if matrices and len(params) == 1 and params[0].ndim == 1 and id(params[0]) not in vectors:
+        if len(params) != 1 or params[0].ndim != 1 or (references and params[0] is references[0]()):
+            continue
+        if any(
+            hasattr(param, mark)
+            for reference in references
+            if (param := reference()) is not None
+            for mark in ZERO_MARKS
+        ):
             raise RuntimeError(
-                f"{name} was made for a group with {matrices} matrices and finds one flat tensor of {params[0].numel()} "
-                "elements now: the layers were flattened (DeepSpeed ZeRO does so), and each layer's own gradient is needed; "
-                "use FSDP2 or DDP, or ZeRO stage 0"
+                f"{name} was given {len(references)} parameters in a group and finds one flat tensor of "
+                f"{params[0].numel()} elements now: DeepSpeed ZeRO has flattened the layers, and each layer's own gradient "
+                "is needed; use FSDP2 or DDP, or ZeRO stage 0"
             )
-
-
-def shape_of(group: dict[str, Any]) -> tuple[int, set[int]]:
-    """How many matrices a group has, and which vectors."""
-    params = group["params"]
-    return sum(param.ndim > 1 for param in params), {id(param) for param in params if param.ndim < 2}

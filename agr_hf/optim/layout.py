@@ -1,5 +1,8 @@
 """One flat order for a parameter, its gradient and its state, whatever their memory format."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -45,3 +48,38 @@ class Layout:
     def relaid(self, tensor: Tensor) -> Tensor:
         """A copy of the tensor whose memory has this order."""
         return self.unflatten(self.flat(tensor).clone(), tensor)
+
+
+def check_no_shared_memory(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise a ValueError where two different parameters hold the same memory: one's update would undo the other's."""
+    spans = []
+    for tensor in tensors:
+        try:
+            start = tensor.data_ptr() if tensor.numel() else 0
+        except RuntimeError:  # fake tensors have no memory
+            continue
+        if start:
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            spans.append((start, start + reach * tensor.element_size(), tensor))
+    spans.sort(key=lambda span: span[0])
+    open_spans: list[tuple[int, int, Tensor]] = []
+    for span in spans:
+        open_spans = [other for other in open_spans if other[1] > span[0]]
+        for other in open_spans:
+            if _overlap(other[2], span[2]):
+                raise ValueError(
+                    f"{name}: two parameters share memory, of shapes {tuple(other[2].shape)} and {tuple(span[2].shape)}, and "
+                    "the update of one would be lost; give the optimizer the one Parameter that both modules use (tie "
+                    "weights by `head.weight = embedding.weight`), or a copy"
+                )
+        open_spans.append(span)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common. Spans alone do not say: columns interleave."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.element_size() != b.element_size():
+        return True
+    first = min(a.storage_offset(), b.storage_offset())
+    taken = torch.zeros(a.untyped_storage().nbytes() // a.element_size() - first, dtype=torch.bool, device="cpu")
+    taken.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())

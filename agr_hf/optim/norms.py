@@ -1,14 +1,16 @@
 """The one reduction: sum|g| of each gradient, whole or sharded."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from agr_hf.optim.backends import multi_tensor
-from agr_hf.optim.backends.cpu import BLOCK
 from agr_hf.optim.layout import Layout
+from agr_hf.optim.shards import Scalar, add_over_shards, local, reduced
+
+# Elements of a block on the CPU: 1 MiB of float32, which stays in the second-level cache.
+BLOCK = 262_144
 
 
 def l1_norms(grads: Iterable[Tensor]) -> list[Tensor]:
@@ -30,13 +32,14 @@ def l1_norms(grads: Iterable[Tensor]) -> list[Tensor]:
     grads = list(grads)
     for grad in grads:
         check_dense_real(grad)
-    sums: list[Tensor | None] = [None] * len(grads)
+    sums: list[Scalar] = [0.0] * len(grads)
     wholes = [reduced(grad) for grad in grads]
     for indices in by_device_and_dtype([local(grad) for grad in wholes]):
         pieces = [local(wholes[i]) for i in indices]
         for i, total in zip(indices, sums_of_pieces(pieces, 1), strict=True):
             sums[i] = total
-    return add_over_shards([[s for s in sums if s is not None]], wholes)[0]
+    add_over_shards([(sums, range(len(sums)))], wholes)
+    return sums  # type: ignore[return-value]
 
 
 def check_dense_real(grad: object) -> None:
@@ -48,62 +51,6 @@ def check_dense_real(grad: object) -> None:
             f"a gradient must be dense and real, but one with layout {grad.layout} and dtype {grad.dtype} was given; "
             "call .to_dense() on a sparse gradient, and split a complex one with torch.view_as_real"
         )
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    # By attribute, not by class: importing torch.distributed.tensor takes longer than a step.
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds: the tensor itself, or a DTensor's shard (a view of it)."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor, whole or a DTensor, laid over the ranks as `like` is. Every rank calls it, with the same whole.
-
-    Raises:
-        RuntimeError: this torch cannot lay it so.
-    """
-    if not is_dtensor(like):
-        return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh, placements = like.device_mesh, tuple(like.placements)  # type: ignore[attr-defined]
-    if is_dtensor(tensor):
-        if tensor.device_mesh == mesh and tuple(tensor.placements) == placements:  # type: ignore[attr-defined]
-            return tensor
-        tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    whole = DTensor.from_local(tensor.to(local(like).device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    laid = whole.redistribute(mesh, placements)
-    # torch 2.9 mistakes the shards of FSDP over tensor parallelism for plain ones.
-    strided = any(type(placement).__name__ == "_StridedShard" for placement in placements)
-    if strided and not torch.allclose(laid.full_tensor(), tensor.to(laid.device), rtol=0, atol=0, equal_nan=True):
-        raise RuntimeError(
-            f"torch {torch.__version__} cannot lay a whole tensor over {placements}; load a state that was saved of the "
-            "same shards (torch.distributed.checkpoint does so), or take a newer torch"
-        )
-    return laid
-
-
-def reduced(grad: Tensor, like: Tensor | None = None) -> Tensor:
-    """A DTensor gradient with every Partial placement summed, laid out as `like` where that is given."""
-    if not is_dtensor(grad):
-        return grad
-    placements = tuple(grad.placements)  # type: ignore[attr-defined]
-    if like is not None and is_dtensor(like):
-        wanted = tuple(like.placements)  # type: ignore[attr-defined]
-    else:
-        from torch.distributed.tensor import Replicate
-
-        wanted = tuple(Replicate() if placement.is_partial() else placement for placement in placements)
-    return grad if wanted == placements else grad.redistribute(placements=wanted)  # type: ignore[attr-defined]
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -147,51 +94,3 @@ def sum_on_cpu(x: Tensor, power: int) -> float:
             block = block.to(dtype)
             total += torch.dot(block, block).item()
     return total
-
-
-def add_over_shards(rows: list[list[Tensor]], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Turn sums over local shards into sums over whole tensors.
-
-    Args:
-        rows: some sums (of magnitudes, of squares), each a list with one 0-dim tensor for each of `tensors`.
-        tensors: the tensors they are sums of; those that are no DTensor keep their sums.
-
-    Every sum of one mesh travels in one vector: a single all-reduce where one dimension shards anything or the mesh has all
-    ranks, else one for each dimension that does.
-    """
-    meshes: dict[object, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if is_dtensor(tensor):
-            meshes.setdefault(tensor.device_mesh, []).append(i)  # type: ignore[attr-defined]
-    for mesh, indices in meshes.items():
-        place = mesh.get_coordinate()  # type: ignore[attr-defined]
-        if place is None:
-            continue  # a mesh of other ranks: nothing of its tensors is here
-        flat = torch.stack([row[i].double() if row[i].is_cpu else row[i] for row in rows for i in indices])
-        for dims in _reduced_together(mesh, [tensors[i] for i in indices]):
-            # A replicated tensor's sum is complete everywhere: only place 0 brings it, or it would count twice. (The rank
-            # within a dimension's group is another number where a mesh has its ranks in an order of its own.)
-            mine = [all(_shards(tensors[i], d) or place[d] == 0 for d in dims) for i in indices]
-            if not all(mine):
-                # No mask: a list of the host's would be waited for by a device.
-                kept = zip(flat.unbind(), mine * len(rows), strict=True)
-                flat = torch.stack([total if keep else torch.zeros_like(total) for total, keep in kept])
-            group = mesh.get_group(dims[0]) if len(dims) == 1 else None  # type: ignore[attr-defined]
-            torch.distributed.all_reduce(flat, group=group)
-        totals = iter(flat.unbind())
-        for row in rows:
-            for i in indices:
-                row[i] = next(totals).to(row[i].dtype)
-    return rows
-
-
-def _shards(tensor: Tensor, dim: int) -> bool:
-    return not tensor.placements[dim].is_replicate()  # type: ignore[attr-defined]
-
-
-def _reduced_together(mesh: Any, tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Dimensions of a mesh over which anything is sharded, those in one list by one all-reduce."""
-    dims = [dim for dim in range(mesh.ndim) if any(_shards(tensor, dim) for tensor in tensors)]
-    if len(dims) > 1 and mesh.size() == torch.distributed.get_world_size():
-        return [list(range(mesh.ndim))]  # the default group is there already; a mesh of fewer ranks has none of its own
-    return [[dim] for dim in dims]

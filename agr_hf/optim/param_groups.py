@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from agr_hf.optim.hyperparameters import is_at_least_zero
+from agr_hf.optim.options import is_at_least_zero
 
 # "We applied the AGR method to the fully connected layers and convolutional layers" (arXiv 2407.16944, section 5.1).
 REGULARIZED_LAYERS = (

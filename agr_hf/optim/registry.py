@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from agr_hf.optim.acprop import ACProp
 from agr_hf.optim.adal import AdaL
 from agr_hf.optim.adan import Adan, AGRAdan
-from agr_hf.optim.agr import AGRAdam, AGRAdamW
+from agr_hf.optim.agr_adam import AGRAdam, AGRAdamW
 from agr_hf.optim.nosadam import NosAdam
 from agr_hf.optim.param_groups import agr_param_groups
 

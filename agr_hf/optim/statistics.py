@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from agr_hf.optim.backends.cpu import BLOCK
 from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.norms import local, reduced, widest
+from agr_hf.optim.norms import BLOCK
 from agr_hf.optim.param_groups import by_layer_type
+from agr_hf.optim.shards import local, reduced, widest
 
 
 @dataclass(frozen=True)

@@ -1,71 +1,101 @@
 """The step that every optimizer of the package shares: one reduction, then one pass.
 
-A rule (agr.py, adal.py, adan.py, acprop.py, nosadam.py) says only how a batch of gradients changes parameters and
-state. Everything that is hard for all of them is solved here once: low precision, memory formats, shards, clipping,
-L2 decay, late parameters, checkpoints.
+A rule (agr_adam.py, adal.py, adan.py, acprop.py, nosadam.py) says only how a batch of gradients changes parameters and state.
+What is hard for all of them is done once: the plan of a step in plan.py, sums over tensors, shards and clipping here, low
+precision and memory formats in the backends, state and checkpoints in state.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends import native
 from agr_hf.optim.backends.capture import check_graph_capture
-from agr_hf.optim.flags import agr_flags
-from agr_hf.optim.flattened import check_not_flat, check_not_flattened, shape_of
-from agr_hf.optim.hyperparameters import check_group, with_plain_numbers
-from agr_hf.optim.layout import Layout
-from agr_hf.optim.norms import is_dtensor, local, placed_like, reduced, widest
-from agr_hf.optim.reduction import reduce_norms
-from agr_hf.optim.work import Batch, Work, batches
+from agr_hf.optim.flattened import check_not_flat, check_not_flattened, remember_params
+from agr_hf.optim.layout import check_no_shared_memory
+from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
+from agr_hf.optim.part import Present, Sums
+from agr_hf.optim.plan import Plan
+from agr_hf.optim.shards import Scalar, local
+from agr_hf.optim.state import StatefulOptimizer
 
-# How a step is computed is this run's choice; what it computes is the checkpoint's.
-IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
-# Keys of torch's optimizers that mean nothing here, and would mislead a torch optimizer that loads our state later.
-FOREIGN_KEYS = ("amsgrad", "differentiable", "decoupled_weight_decay", "decoupled")
-# A key of AdaL's groups alone: its moments are of gradients multiplied by their norm, under the same names as Adam's.
-ADAL_KEY = "decoupled"
+if TYPE_CHECKING:
+    from agr_hf.optim.backends.lists import Batch, Item
+
 TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What an optimizer may find in the state of a relative and need not understand: Adan takes AGRAdan's.
-HARMLESS_STATE = ("pre_l1_norm", "lookahead_slow_buff")
 
 
-class StepOptimizer(torch.optim.Optimizer):
-    """Base of the package's optimizers. A subclass states its state and its rule:
+class StepOptimizer(StatefulOptimizer):
+    """Base of the package's optimizers. A subclass states its state (see `StatefulOptimizer`), its options and its rule:
 
-    - `state_keys`: names of the state tensors shaped like the parameter;
-    - `scalar_state`: names of per-parameter 0-dim state tensors with their first values (kept in float64, where there is);
-    - `required_state`: names of `scalar_state` without which a loaded state means nothing;
+    - `option_types`: the TypedDict of its keyword options (options.py);
     - `uses_norms`: whether the rule needs every l1 norm (AGR's are asked for where Psi applies);
-    - `fused_devices`: types of the devices on which it has a one-pass kernel;
+    - `native_rule`: the rule of backends/native.py that computes it, if any;
     - `l2_decay(group)`: whether weight decay is part of the gradient (L2) or left to the rule (decoupled);
     - `update(batch)`: the rule.
     """
 
-    state_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    scalar_state: Mapping[str, float] = {}
-    required_state: tuple[str, ...] = ()
+    option_types: ClassVar[type] = StepOptions
+    options: ClassVar[Mapping[str, Option]] = {}
     uses_norms = False
-    fused_devices: tuple[str, ...] = ()
-    betas_count = 2
+    native_rule: ClassVar[str | None] = None
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        # Of each group as it was made: how many matrices, and which vectors.
-        self._made_with: list[tuple[int, set[int]]] = []
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the options one by one in the signature of the class, to people, integrations and documentation."""
+        super().__init_subclass__(**kwargs)
+        found = options_of(cls.option_types)
+        cls.options = {name: option for name, (_, option) in found.items()}
+        given = [
+            p for p in list(signature(cls.__init__).parameters.values())[1:] if p.kind is not Parameter.VAR_KEYWORD
+        ]
+        keywords = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
+            for name, (kind, option) in found.items()
+        ]
+        cls.__signature__ = Signature([*given, *keywords])  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float, ...],
+        eps: float,
+        weight_decay: float,
+        **options: Any,
+    ) -> None:
+        unknown = [key for key in options if key not in self.options]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(self.options)}"
+            )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {key: option.default for key, option in self.options.items()} | options
+        if "agr" in defaults:
+            defaults["agr_step"] = 0
+        self._reset()
         super().__init__(params, defaults)
 
-    # ---- to be stated by a rule
+    def _reset(self) -> None:
+        """What is not part of the state: it is found anew."""
+        self.plan: Plan | None = None
+        self._armed: tuple[float, Tensor] | None = None
+        # Of each group as it was given: its parameters, to see where an engine replaced them.
+        self._given_params: list[list[Any]] = []
 
-    def l2_decay(self, group: dict[str, Any]) -> bool:
+    # ---- stated by a rule
+
+    def l2_decay(self, group: Mapping[str, Any]) -> bool:
         return True
 
     def update(self, batch: Batch) -> None:
         raise NotImplementedError(f"{type(self).__name__} states no rule: define update(batch)")
 
-    def finish(self, works: list[Work]) -> None:
+    def finish(self, items: list[Item]) -> None:
         """Bring `scalar_state` up to date, once a tensor and step: `update` sees large tensors in pieces."""
 
     # ---- parameters
@@ -74,38 +104,54 @@ class StepOptimizer(torch.optim.Optimizer):
         """Add a group; see `torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            ValueError: a hyperparameter is out of range, or a parameter is complex or a flattened shard.
+            ValueError: a hyperparameter is out of range, or a parameter is complex, quantized, a flattened shard, or shares
+                memory with another one.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, type(self).__name__, self.betas_count)
+            check_group(group, type(self).__name__, self.options, self.betas_count)
             for param in group["params"]:
                 self._check_param(param, group)
+            check_no_shared_memory(type(self).__name__, [local(p) for g in self.param_groups for p in g["params"]])
         except Exception:
             self.param_groups.pop()
             raise
-        with_plain_numbers(group)
+        use_plain_numbers(group)
         group["decoupled_weight_decay"] = not self.l2_decay(group)
-        self._made_with.append(shape_of(group))
+        self._given_params.append(remember_params(group))
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
-        if group["fused"] and param.device.type not in self.fused_devices:
-            raise ValueError(
-                f"fused=True was given, but {name} has no fused kernel on {param.device.type}"
-                + (f" (only on {', '.join(self.fused_devices)})" if self.fused_devices else "")
-                + "; leave fused=None for the fastest step there is"
-            )
         if param.dtype not in TRAINABLE:
             raise ValueError(
                 f"{name} trains parameters of float16, bfloat16, float32 and float64, but one of dtype {param.dtype} and "
                 f"shape {tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
                 "quantized ones (integers, float8) out"
             )
+        if group["fused"]:
+            kernel = native.missing_kernel(self.native_rule, local(param))
+            if kernel:
+                raise ValueError(
+                    f"fused=True was given, but {name} has no fused kernel {kernel}; leave fused=None for the fastest step "
+                    "there is"
+                )
         check_not_flat(name, param)
 
     # ---- the step
+
+    def clip_next_step(self, max_norm: float) -> Tensor:
+        """Clip the global l2 norm of all gradients to `max_norm` in the next step only, as `clip_grad_norm_` before it would.
+
+        Args:
+            max_norm: > 0; infinity measures and clips nothing. It takes the place of `max_grad_norm` in that step.
+
+        Returns:
+            A 0-dim float32 tensor on the device of the first parameter; the step writes the norm before clipping into it.
+        """
+        found = torch.zeros((), dtype=torch.float32, device=local(self.param_groups[0]["params"][0]).device)
+        self._armed = (max_norm, found)
+        return found
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,248 +165,110 @@ class StepOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or the layers of a group were flattened after it was made.
+            ValueError: a gradient or state does not fit its parameter, or two parameters share memory. A step that raises
+                has changed nothing.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         check_graph_capture(self)
-        check_not_flattened(type(self).__name__, self.param_groups, self._made_with)
-        self._check_gradients()
-        works = [work for group in self.param_groups for work in self._collect(group)]
-        if works:
-            scales = reduce_norms(works, self.param_groups)
-            for group in self.param_groups:
-                mine = [work for work in works if work.group is group]
-                for batch, written in batches(mine, scales[id(group)]):
-                    self.update(batch)
-                    for target, source in written:
-                        target.copy_(source)
-            for work in works:
-                if work.target is not None:
-                    work.target.copy_(work.param)
-            self.finish(works)
+        armed, self._armed = self._armed, None
+        limits = [group["max_grad_norm"] if armed is None else armed[0] for group in self.param_groups]
+        clipping = any(limit is not None for limit in limits)
+        plan = self._look(clipping)
+        if not plan.parts and not plan.meshes:
+            return loss
+        signs: list[Scalar] = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
+        # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
+        sums, scales = None, signs
+        if clipping or plan.meshes:
+            sums, scales, norm = self._reduce(plan, signs, limits)
+            if armed is not None:
+                armed[1].fill_(norm)
+        for part in plan.parts:
+            if any(part.live):
+                part.update(sums, scales)
+        self.after_step(plan)
         return loss
 
-    def _check_gradients(self) -> None:
-        """Before anything changes: a refused step must not count as made."""
-        for group in self.param_groups:
-            if "agr" in self.defaults:
-                agr_flags(group)  # refuses a list of another length
-            for param in group["params"]:
-                grad = param.grad
-                if grad is not None and grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not take sparse gradients, but one of layout {grad.layout} and shape "
-                        f"{tuple(grad.shape)} was given; make the embedding with sparse=False"
-                    )
-                if grad is not None and grad.shape != param.shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: a gradient has the shape {tuple(grad.shape)} and its parameter "
-                        f"{tuple(param.shape)}; the parameter was changed since: compute the gradient anew"
-                    )
-                if grad is not None and param in self.state:
-                    self._check_shapes(param, self.state[param])
+    def after_step(self, plan: Plan) -> None:
+        """What a rule says to the user of a step that is done."""
 
-    def _check_shapes(self, param: Tensor, state: Mapping[str, Any]) -> None:
-        """State of another shape would send the fused kernel past the end of its memory."""
-        for key in self.state_keys:
-            if key in state and state[key].shape != param.shape:
-                raise ValueError(
-                    f"{type(self).__name__}: {key} has the shape {tuple(state[key].shape)} and its parameter "
-                    f"{tuple(param.shape)}; the state belongs to another model, or the parameter was changed since: load "
-                    "the state of this model, or make the optimizer anew"
-                )
+    @torch._disable_dynamo  # torch.compile cannot trace identities and addresses
+    def _look(self, clipping: bool) -> Plan:
+        """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses."""
+        check_not_flattened(type(self).__name__, self.param_groups, self._given_params)
+        present = Present(self.param_groups)
+        if self.plan is None or not self.plan.fits(self, present):
+            self.plan = None
+            plan = Plan(self, present, clipping)
+            if not plan.fits(self, present):
+                raise RuntimeError(f"{type(self).__name__}: gradients or state changed while the step looked at them")
+            self.plan = plan
+        self.plan.check_meshes(present, clipping)
+        for part in self.plan.parts:
+            part.count()
+        self.plan.count_groups(present)
+        return self.plan
 
-    def _collect(self, group: dict[str, Any]) -> list[Work]:
-        # Not `in group`: groups of agr_param_groups name `agr` for optimizers that have none.
-        flags = agr_flags(group) if "agr" in self.defaults else [False] * len(group["params"])
-        active = any(flags) and (group["agr_steps"] is None or group["agr_step"] < group["agr_steps"])
-        works = []
-        for param, flag in zip(group["params"], flags, strict=True):
-            grad = param.grad
-            if grad is None:
-                continue
-            state = self.state[param]
-            made = "step" not in state
-            if made:
-                self._init_state(param, group, state)
-            work = Work(param, reduced(grad, param), group)
-            work.first = made or (not group["capturable"] and not state["step"])
-            state["step"] += 1
-            # float64: 1 - 0.999^t loses four digits in float32.
-            work.step = state["step"].double() if group["capturable"] else state["step"].item()
-            work.scalars = {key: state[key] for key in ("step", *self.scalar_state)}
-            if work.param.numel():
-                work.state = self._local_state(param, state, work.layout)
-            # A one-element tensor's share of its own norm is 1: Psi would erase it.
-            work.psi = active and flag and param.ndim >= group["min_ndim"] and param.numel() > 1
-            work.needs_norm = work.psi or self.uses_norms
-            work.coupled = bool(group["weight_decay"]) and self.l2_decay(group)
-            works.append(work)
-        if works and any(flags):
-            group["agr_step"] += 1
-        return works
+    def _reduce(
+        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float | None]
+    ) -> tuple[Sums, list[Scalar], Scalar]:
+        """Sums over all tensors and ranks, what the gradients of each group are multiplied by, and the global norm.
 
-    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        device = local(param).device if group["capturable"] else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        for key in self.state_keys:
-            state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        for key, value in self.scalar_state.items():
-            # With the gradients: a norm of a GPU's gradient must never be waited for.
-            on = local(param).device
-            state[key] = torch.full((), value, dtype=widest(on), device=on)  # filled there: a copy would be waited for
-
-    def _local_state(self, param: Tensor, state: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
-        locals_: dict[str, Tensor] = {}
-        for key in self.state_keys:
-            tensor = local(state[key])
-            if tensor.dtype != (dtype := torch.promote_types(param.dtype, torch.float32)):
-                state[key] = state[key].to(dtype)  # the model's precision changed in mid-run
-                tensor = local(state[key])
-            if layout.view(tensor) is None:
-                # Loaded from a file that keeps no strides, or the model changed its memory format since.
-                tensor = layout.relaid(tensor)
-                if is_dtensor(param):
-                    state[key].to_local().set_(tensor)
-                else:
-                    state[key] = tensor
-            locals_[key] = tensor
-        return locals_
-
-    # ---- checkpoints
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "defaults" in state:  # unpickled or copied; load_state_dict looks after its own groups
-            self._made_with = [shape_of(group) for group in self.param_groups]
-            for group in self.param_groups:
-                _complete(group, self.defaults, self.state)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer, or of torch's optimizer with the same state keys.
-
-        Moments come back in float32 (float64 for float64 parameters) whatever the parameter's dtype. Options that the
-        file does not know (a state saved by torch.optim.AdamW has no `agr`) keep this optimizer's values, and so do
-        `foreach`, `fused` and `capturable`, which say how and not what to compute.
-
-        Tensors may be whole or DTensors, and are laid over the processes as the parameters are; all processes call it.
-
-        Args:
-            state_dict: what `state_dict()` returned. It is copied, and never changed by later steps.
-
-        Raises:
-            ValueError: the groups do not match, or the state was saved by an optimizer with other state keys.
+        Sums of magnitudes and of squares travel in one vector: one collective a mesh (see `add_over_shards`). Only L2 decay
+        with clipping takes a second: its norm is of a gradient that the first has to clip.
         """
-        final: dict[str, Any] = {}
-        before = [dict(group) for group in self.param_groups]
-
-        def remember(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            self._check_loadable(given)
-            final.update(given)
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            ids = [i for group in final["param_groups"] for i in group["params"]]
-            params = [param for group in self.param_groups for param in group["params"]]
-            groups = [group for group in self.param_groups for _ in group["params"]]
-            for i, param, group in zip(ids, params, groups, strict=True):
-                if i in final["state"]:
-                    self._restore(param, group, final["state"][i])
-            for group, old in zip(self.param_groups, before, strict=True):
-                for key in set(FOREIGN_KEYS) - set(self.defaults):
-                    group.pop(key, None)
-                for key in IMPLEMENTATION_KEYS:
-                    group[key] = old[key]
-                _complete(group, old, self.state)
-                group["decoupled_weight_decay"] = not self.l2_decay(group)
-
-        # The user's own hooks come before the one, which sees what they leave before torch rounds it to the parameters'
-        # dtype, and after the other.
-        handles = [
-            self.register_load_state_dict_pre_hook(remember),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+        clipping = any(limit is not None for limit in limits)
+        sums = Sums([0.0] * len(plan.rows), [0.0] * len(plan.rows))
+        for part in plan.parts:
+            part.add_sums(sums, signs, squares=clipping, coupled_only=False)
+        early = [row.index for row in plan.rows if row.needs_norm and not (clipping and row.adds_decay)]
+        plan.add_over_ranks([(sums.norms, early), (sums.squares, range(len(plan.rows)) if clipping else ())])
+        if not clipping:
+            return sums, list(signs), 0.0
+        norm = _root_of_sum(sums.squares)
+        scales = [
+            sign if limit is None else sign * _factor(limit, norm) for sign, limit in zip(signs, limits, strict=True)
         ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for i in early:
+            sums.norms[i] = sums.norms[i] * abs(scales[plan.rows[i].group_index])
+        late = [row.index for row in plan.rows if row.needs_norm and row.adds_decay]
+        if late:
+            for part in plan.parts:
+                part.add_sums(sums, scales, squares=False, coupled_only=True)
+            plan.add_over_ranks([(sums.norms, late)])
+        return sums, scales, norm
 
-    def _check_loadable(self, given: dict[str, Any]) -> None:
+    def check_tensors(self, param: Tensor, grad: Tensor) -> None:
+        """Refuse what a kernel would read or write past the end of, before anything changes."""
         name = type(self).__name__
-        if any(group.get("amsgrad") for group in given["param_groups"]):
-            raise ValueError(f"this state was saved with amsgrad=True, which {name} does not have; start it afresh")
-        if any(len(group.get("betas", ())) != self.betas_count for group in given["param_groups"]):
-            raise ValueError(
-                f"this state was saved by another optimizer: {name} has {self.betas_count} betas; start {name} afresh"
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{name} does not take sparse gradients, but one of layout {grad.layout} and shape {tuple(grad.shape)} was "
+                "given; make the embedding with sparse=False"
             )
-        if given["state"] and any(
-            (ADAL_KEY in group) != (ADAL_KEY in self.defaults) for group in given["param_groups"]
-        ):
+        if grad.shape != param.shape:
             raise ValueError(
-                "this state was saved by another optimizer: AdaL's moments are of gradients multiplied by their layer's l1 "
-                f"norm, and with moments of another scale training would stand still or leap; start {name} afresh"
+                f"{name}: a gradient has the shape {tuple(grad.shape)} and its parameter {tuple(param.shape)}; the parameter "
+                "was changed since: compute the gradient anew"
             )
-        sizes = [[len(group["params"]) for group in groups] for groups in (given["param_groups"], self.param_groups)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"this state was saved of groups of {sizes[0]} parameters, and {name} has groups of {sizes[1]}: a state "
-                "fits the groups that it was saved of; make the optimizer with those, and tell it afterwards where AGR "
-                "applies (agr_hf.optim.param_groups.set_agr_flags(optimizer.param_groups, model))"
-            )
-        for group, own in zip(given["param_groups"], self.param_groups, strict=True):
-            kept = {key: own[key] for key in ("params", *IMPLEMENTATION_KEYS)}
-            check_group({**own, **group, **kept}, f"the state that {name} loads", self.betas_count)
-        ids = [i for group in given["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        needed = ("step", *self.state_keys, *self.required_state)
-        known = {*needed, *self.scalar_state, *HARMLESS_STATE}
-        for i, param in zip(ids, params, strict=True):
-            state = given["state"].get(i)
-            if not state:
-                continue
-            if not set(needed) <= set(state) <= known:
-                raise ValueError(
-                    f"this state was saved by another optimizer: {name} needs {', '.join(needed)} for each parameter, but "
-                    f"that of parameter {i} holds {', '.join(map(str, state))}; start {name} afresh"
-                )
-            self._check_shapes(param, state)
-        for group in given["param_groups"]:
-            decoupled = group.get("decoupled_weight_decay")  # torch's Adam and AdamW say so, and ours
-            ours = not self.l2_decay({**self.defaults, **group})
-            if decoupled is not None and group.get("weight_decay") and decoupled != ours:
-                kinds = ("decoupled", "L2") if decoupled else ("L2", "decoupled")
-                raise ValueError(
-                    f"this state was saved with a weight decay of {group['weight_decay']} that is {kinds[0]}, and that of "
-                    f"{name} is {kinds[1]}; load it into {'AGRAdamW' if decoupled else 'AGRAdam'}, or start {name} afresh"
-                )
-
-    def _restore(self, param: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
-        """Undo the rounding of torch's load_state_dict, which casts moments to the parameter's dtype."""
-        state = self.state[param]
-        if not state:
-            return
-        device = local(param).device
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        for key in self.state_keys:
-            state[key] = placed_like(saved[key], param).to(device=device, dtype=dtype, copy=True)
-        for key, first in self.scalar_state.items():
-            value = saved.get(key, first)
-            state[key] = torch.as_tensor(value, dtype=torch.float64).to(device, widest(device), copy=True)
-        # A fused or capturable optimizer of torch keeps it on the device, where reading it would stall every step.
-        step = torch.as_tensor(saved["step"], dtype=torch.float32)
-        state["step"] = step.to(device if group["capturable"] else "cpu", copy=True)
+        if param in self.state:
+            self.check_shapes(param, self.state[param])
 
 
-def _complete(group: dict[str, Any], values: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Give a group that was saved before an option existed, or by another optimizer, the values it lacks."""
-    if "agr_step" in values:
-        # Steps made without AGR, by torch's optimizer before or in between, are steps of the run all the same.
-        steps = [float(state[param]["step"]) for param in group["params"] if state.get(param)]
-        group["agr_step"] = int(
-            max(steps, default=0.0) if "agr_step" not in group else max(group["agr_step"], *steps, 0)
-        )
-    for key, value in values.items():
-        group.setdefault(key, value)
+def _root_of_sum(squares: Sequence[Scalar]) -> Scalar:
+    on_device = [square for square in squares if isinstance(square, Tensor)]
+    total: Scalar = sum(square for square in squares if not isinstance(square, Tensor))
+    if on_device:
+        total = total + torch.stack([square.to(on_device[0].device) for square in on_device]).sum()
+    return total**0.5
+
+
+def _factor(limit: float, norm: Scalar) -> Scalar:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies with. A NaN norm makes every gradient NaN, as there."""
+    factor = limit / (norm + 1e-6)
+    if isinstance(factor, Tensor):
+        return factor.clamp(max=1.0)
+    return 1.0 if factor > 1.0 else factor

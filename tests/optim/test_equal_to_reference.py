@@ -107,10 +107,12 @@ def test_half_precision_parameters_follow_the_rule_to_a_neighbouring_value(name,
 
 @pytest.mark.parametrize("name", OURS)
 def test_large_tensors_cut_into_blocks_equal_the_rule(name, monkeypatch):
+    import agr_hf.optim.backends.lists
     import agr_hf.optim.norms
-    import agr_hf.optim.work
 
-    monkeypatch.setattr(agr_hf.optim.work, "BLOCK", 50)  # several blocks a tensor, and several tensors a block
+    monkeypatch.setattr(
+        agr_hf.optim.backends.lists, "BLOCK", 50
+    )  # several blocks a tensor, and several tensors a block
     monkeypatch.setattr(agr_hf.optim.norms, "BLOCK", 50)
     steps = list(gradients(STEPS))
     wanted = run_reference(name, initial(), steps, lr=LR, weight_decay=0.1)

@@ -60,7 +60,7 @@ def test_adal_is_of_degree_two(g):
         param.grad = gradient
         optimizer = AdaL([param])
         optimizer.step()
-        return optimizer.state[param]["exp_avg"]
+        return optimizer.state[param]["scaled_exp_avg"]
 
     assert torch.equal(first_moment(2 * g), 4 * first_moment(g))
     torch.testing.assert_close(first_moment(g), 0.1 * g.abs().sum() * g, rtol=1e-12, atol=0)

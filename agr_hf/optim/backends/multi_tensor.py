@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
+from agr_hf.optim.shards import Scalar
+
 Tensors = Sequence[Tensor]
 # The overloads of these functions are more than a checker can pick from.
 Operation = Callable[..., Any]
 
+abs: Operation = torch._foreach_abs
 add: Operation = torch._foreach_add
 add_: Operation = torch._foreach_add_
 addcdiv_: Operation = torch._foreach_addcdiv_
@@ -25,7 +27,6 @@ clamp_max_: Operation = torch._foreach_clamp_max_
 div: Operation = torch._foreach_div
 div_: Operation = torch._foreach_div_
 lerp_: Operation = torch._foreach_lerp_
-magnitude: Operation = torch._foreach_abs
 mul: Operation = torch._foreach_mul
 mul_: Operation = torch._foreach_mul_
 neg_: Operation = torch._foreach_neg_

@@ -1,0 +1,169 @@
+/* The loops over elements, included by native.c once for each instruction set: TARGET is the function attribute that
+ * selects it, NAMED(f) the function's name with its suffix. Plain loops that the compiler turns into vectors. */
+
+#define TILE 512  /* elements converted at a time where a parameter or gradient is bfloat16: 2 KiB, in the first cache */
+#define LANES 64  /* partial sums in flight: enough independent additions to hide their latency */
+#define FLUSH 32  /* additions of float32 in a lane before it goes into a float64: a relative error of 32 * 2^-24 at most */
+
+static inline TARGET void NAMED(widen)(float *restrict out, const uint16_t *restrict in, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        union { uint32_t bits; float value; } u = {.bits = (uint32_t)in[i] << 16};
+        out[i] = u.value;
+    }
+}
+
+/* To the nearest bfloat16, ties to even, as torch rounds. */
+static inline TARGET void NAMED(narrow)(uint16_t *restrict out, const float *restrict in, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        union { float value; uint32_t bits; } u = {.value = in[i]};
+        uint32_t rounded = (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16;
+        out[i] = in[i] == in[i] ? (uint16_t)rounded : (uint16_t)0x7fc0;
+    }
+}
+
+/* sum |scale g + l2 p| and sum g^2 of n elements. Lanes of float32 go into float64 every FLUSH additions; where they
+ * overflow although every element is finite, `precise` counts again in float64. */
+static inline TARGET void NAMED(lanes)(const float *restrict g, const float *restrict p, int64_t n, float scale, float l2,
+                                       int coupled, int squares, double *norm, double *square) {
+    double norms[LANES] = {0}, squared[LANES] = {0};
+    int64_t i = 0;
+    while (n - i >= LANES) {
+        int64_t rounds = (n - i) / LANES;
+        if (rounds > FLUSH) rounds = FLUSH;
+        float a[LANES] = {0}, b[LANES] = {0};
+        if (coupled)
+            for (int64_t r = 0; r < rounds; r++, i += LANES)
+                for (int k = 0; k < LANES; k++) a[k] += fabsf(scale * g[i + k] + l2 * p[i + k]);
+        else if (squares)
+            for (int64_t r = 0; r < rounds; r++, i += LANES)
+                for (int k = 0; k < LANES; k++) {
+                    a[k] += fabsf(g[i + k]);
+                    b[k] += g[i + k] * g[i + k];
+                }
+        else
+            for (int64_t r = 0; r < rounds; r++, i += LANES)
+                for (int k = 0; k < LANES; k++) a[k] += fabsf(g[i + k]);
+        for (int k = 0; k < LANES; k++) norms[k] += a[k];
+        if (squares)
+            for (int k = 0; k < LANES; k++) squared[k] += b[k];
+    }
+    double s = 0, q = 0;
+    for (; i < n; i++) {
+        s += coupled ? fabsf(scale * g[i] + l2 * p[i]) : fabsf(g[i]);
+        q += (double)g[i] * g[i];
+    }
+    for (int k = 0; k < LANES; k++) {
+        s += norms[k];
+        q += squared[k];
+    }
+    *norm += s;
+    *square += q;
+}
+
+static TARGET void NAMED(sum_chunk)(const chunk_t *c, int squares, double *norm, double *square) {
+    float p_tile[TILE], g_tile[TILE];
+    int tiled = c->grad_is_bf16 || (c->coupled && c->param_is_bf16);
+    int64_t piece = tiled ? TILE : c->n;
+    *norm = *square = 0;
+    for (int64_t at = 0; at < c->n; at += piece) {
+        int64_t n = c->n - at < piece ? c->n - at : piece;
+        const float *g = (const float *)c->grad + at, *p = (const float *)c->param + at;
+        if (c->grad_is_bf16) NAMED(widen)(g_tile, (const uint16_t *)c->grad + at, n), g = g_tile;
+        if (c->coupled && c->param_is_bf16) NAMED(widen)(p_tile, (const uint16_t *)c->param + at, n), p = p_tile;
+        NAMED(lanes)(g, p, n, c->scale, c->l2, c->coupled, squares, norm, square);
+    }
+    if (!isfinite(*norm) || (squares && !isfinite(*square))) precise(c, squares, norm, square);
+    /* |scale g| = |scale| |g|, so where nothing is added to it the sum is scaled once. */
+    if (!c->coupled) *norm *= fabs(c->scale);
+}
+
+/* Psi(x) = x (1 - |x| / S). The share is |x| up, times 1 / (S up): `up` is a power of two that keeps both in range. */
+#define PSI(x, up, share) ((x) - (x) * ((fabsf(x) * (up)) * (share)))
+
+/* m = b1 m + (1-b1) Psi(x);  v = b2 v + (1-b2) z^2, z = x or Psi(x);  p = p decay - step m / (sqrt(v) correction + eps).
+ * m is written as m + (1-b1) (Psi(x) - m), as torch's lerp does. AGR paper, algorithm 2. */
+static inline __attribute__((always_inline)) TARGET void NAMED(adam_loop)(
+    float *restrict p, const float *restrict g, float *restrict m, float *restrict v, int64_t n, const adam_t a, int psi,
+    int regularized, int coupled) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = a.scale * g[i];
+        if (coupled) x += a.l2 * p[i];
+        float y = psi ? PSI(x, a.up, a.share) : x;
+        float z = regularized ? y : x;
+        float mean = m[i] + a.one_minus_b1 * (y - m[i]);
+        float square = a.b2 * v[i] + a.one_minus_b2 * (z * z);
+        m[i] = mean;
+        v[i] = square;
+        p[i] = p[i] * a.decay - a.step_size * mean / (sqrtf(square) * a.correction + a.eps);
+    }
+}
+
+static inline TARGET void NAMED(adam)(float *p, const float *g, float *const s[], int64_t n, const update_t *u) {
+    const adam_t a = u->adam;
+#define CASE(k) case k: NAMED(adam_loop)(p, g, s[0], s[1], n, a, (k) & 1, ((k) >> 1) & 1, ((k) >> 2) & 1); break
+    int psi = u->kind == RAW || u->kind == REGULARIZED;
+    switch (psi + 2 * (u->kind == REGULARIZED) + 4 * u->coupled) {
+        CASE(0); CASE(1); CASE(3); CASE(4); CASE(5); CASE(7);
+    }
+#undef CASE
+}
+
+/* Adan in the order of its published code; q holds minus the previous gradient. `kind` says what feeds the moments:
+ * PLAIN x itself; RAW Psi(x) the momentum and Psi(x) - Psi(x_prev) the momentum of differences, each with the norm of its
+ * own step, and x the second moment (AGR paper, algorithm 1); REGULARIZED Psi(x) in the place of x; UNUSABLE as RAW where
+ * the norm of this step is 0 or not finite, so that Psi(x) = x. */
+static inline __attribute__((always_inline)) TARGET void NAMED(adan_loop)(
+    float *restrict p, const float *restrict g, float *restrict m, float *restrict v, float *restrict d, float *restrict q,
+    int64_t n, const adan_t a, int kind, int first) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = a.scale * g[i];
+        float y = kind == RAW || kind == REGULARIZED ? PSI(x, a.up, a.share) : x;
+        if (kind == REGULARIZED) x = y;
+        float before = first ? -x : q[i];
+        float change = x + before;
+        float y_change = change;
+        if (kind == RAW || kind == UNUSABLE) y_change = first ? 0 : y + PSI(before, a.up_before, a.share_before);
+        float mean = m[i] + a.one_minus_b1 * (y - m[i]);
+        float difference = a.b2 * d[i] + a.one_minus_b2 * y_change;
+        float ahead = x + a.b2 * change;
+        float square = a.b3 * v[i] + a.one_minus_b3 * (ahead * ahead);
+        float denominator = sqrtf(square) * a.correction + a.eps;
+        m[i] = mean;
+        d[i] = difference;
+        v[i] = square;
+        q[i] = -x;
+        p[i] = (p[i] * a.decay - (a.step_size * mean + a.difference_step_size * difference) / denominator) * a.shrink;
+    }
+}
+
+static inline TARGET void NAMED(adan)(float *p, const float *g, float *const s[], int64_t n, const update_t *u) {
+    const adan_t a = u->adan;
+#define CASE(kind, first) \
+    case (kind) + 4 * (first): NAMED(adan_loop)(p, g, s[0], s[1], s[2], s[3], n, a, kind, first); break
+    switch (u->kind + 4 * a.first) {
+        CASE(PLAIN, 0); CASE(RAW, 0); CASE(REGULARIZED, 0); CASE(UNUSABLE, 0);
+        CASE(PLAIN, 1); CASE(RAW, 1); CASE(REGULARIZED, 1); CASE(UNUSABLE, 1);
+    }
+#undef CASE
+}
+
+static TARGET void NAMED(update_chunk)(const chunk_t *c, const update_t *u) {
+    float p_tile[TILE], g_tile[TILE];
+    int64_t piece = c->grad_is_bf16 || c->param_is_bf16 ? TILE : c->n;
+    for (int64_t at = 0; at < c->n; at += piece) {
+        int64_t n = c->n - at < piece ? c->n - at : piece;
+        float *p = (float *)c->param + at, *s[STATES];
+        const float *g = (const float *)c->grad + at;
+        for (int k = 0; k < STATES; k++) s[k] = c->state[k] + at;
+        if (c->grad_is_bf16) NAMED(widen)(g_tile, (const uint16_t *)c->grad + at, n), g = g_tile;
+        if (c->param_is_bf16) NAMED(widen)(p_tile, (const uint16_t *)c->param + at, n), p = p_tile;
+        if (u->rule == ADAN) NAMED(adan)(p, g, s, n, u);
+        else NAMED(adam)(p, g, s, n, u);
+        if (c->param_is_bf16) NAMED(narrow)((uint16_t *)c->param + at, p, n);
+    }
+}
+
+#undef TILE
+#undef LANES
+#undef FLUSH
+#undef PSI

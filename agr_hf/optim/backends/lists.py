@@ -1,0 +1,262 @@
+"""The backend of every device: a rule over lists of tensors, in batches.
+
+A rule is written once, as `StepOptimizer.update(batch)`, in the operations of `multi_tensor`. It sees aligned flat tensors in
+float32 or float64; memory formats, low precision, blocks and clipping are done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.backends import multi_tensor as mt
+from agr_hf.optim.layout import Layout
+from agr_hf.optim.norms import BLOCK, by_device_and_dtype, sum_on_cpu, sums_of_pieces
+from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.shards import Scalar, local, widest
+
+# Elements updated at a time on other devices than the CPU: a few pieces of scratch of 16 MiB (float32).
+DEVICE_BLOCK = 4_194_304
+# A parameter's flat tensors: "param", "grad" and its state keys.
+Flats = dict[str, Tensor]
+
+
+class Item:
+    """One parameter in one step, everything local to this rank."""
+
+    def __init__(self, row: Row, param: Tensor, grad: Tensor, state: dict[str, Tensor], layout: Layout) -> None:
+        self.row, self.group = row, row.group
+        self.param, self.grad, self.state, self.layout = param, grad, state, layout
+        self.target: Tensor | None = None
+        if layout.view(param) is None:
+            # A view with holes (a slice of a larger tensor) is updated in a dense copy and written back.
+            self.target, self.param = param, layout.relaid(param)
+        self.step: Scalar = 0.0  # steps made, this one included
+        self.scalars: dict[str, Tensor] = {}  # the rule's numbers
+        self.is_first = False  # of this tensor's steps
+        self.psi = row.psi
+        self.norm: Scalar = 0.0  # of the whole effective gradient, where it is needed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the update is computed in."""
+        return torch.promote_types(self.param.dtype, torch.float32)
+
+
+class Batch:
+    """Pieces of tensors of one group that are updated together.
+
+    Every list has one entry for each piece. Tensors are 1-D, float32 or float64, on one device, and aligned: element i of a
+    parameter, its gradient and its state belong together. `grads` may be `.grad` itself and must not be written.
+    """
+
+    def __init__(
+        self, params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], items: list[Item]
+    ) -> None:
+        self.params = params
+        self.grads = grads
+        self.state = state
+        self.items = items
+        self.group = items[0].group
+        self.psi = items[0].psi
+        self.needs_norm = items[0].row.needs_norm
+        self.is_first = items[0].is_first
+        self.on_host = items[0].row.on_host
+
+    @property
+    def steps(self) -> list[Scalar]:
+        """How many steps each tensor has made, this one included."""
+        return [item.step for item in self.items]
+
+    @property
+    def norms(self) -> list[Scalar]:
+        """l1 norm of each whole gradient: numbers where the host knows them, else 0-dim tensors."""
+        return [item.norm for item in self.items]
+
+    def scalars_of(self, key: str) -> list[Scalar]:
+        """An entry of the rule's `scalar_state` for each tensor, as the step before left it."""
+        return [item.scalars[key].item() if self.on_host else item.scalars[key] for item in self.items]
+
+    @property
+    def lr(self) -> Scalar:
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.is_cpu and not self.group["capturable"]:
+                return lr.item()
+            device = self.params[0].device
+            return lr.reshape(()).to(device, widest(device))  # 1 - lr * weight_decay needs the digits
+        return float(lr)
+
+
+class ListsPart(Part):
+    """Rows computed by operations over lists."""
+
+    def __init__(self, optimizer: Any, rows: list[Row], present: Present, new: Collection[int]) -> None:
+        super().__init__(optimizer, rows, present, new)
+        self.items: list[Item] = []
+
+    def look(self, present: Present) -> bool:
+        self.items = []
+        live = [present.grads[i] is not None for i in self.indices]
+        self.set_live(live)
+        for k, (row, state) in enumerate(zip(self.rows, self.states, strict=True)):
+            if not live[k]:
+                continue
+            param, grad = present.params[row.index], present.grads[row.index]
+            self.optimizer.check_tensors(param, grad)
+            held, layout = present.locals[row.index], Layout(present.locals[row.index])
+            if held.device != self.steps.vector.device and row.group["capturable"]:
+                return False
+            if held.is_cpu != (row.on_host or row.group["capturable"] and held.is_cpu):
+                return False
+            self.optimizer.lay_state(param, layout, state)
+            tensors = {key: local(state[key]) for key in self.optimizer.state_keys} if held.numel() else {}
+            item = Item(row, held, present.local_grads[row.index], tensors, layout)
+            item.scalars = {key: column.views[k] for key, column in self.scalars.items()}
+            item.is_first = self.first[k]
+            self.items.append(item)
+        return True
+
+    def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
+        wanted = [item for item in self.items if item.row.needs_norm]
+        raw = [] if coupled_only else [item for item in wanted if not item.row.adds_decay]
+        for item, total in zip(raw, _sums([item.grad for item in raw], raw, 1), strict=True):
+            scale = scales[item.row.group_index]
+            sums.norms[item.row.index] = total * abs(scale)
+        if squares:
+            for item, total in zip(self.items, _sums([i.grad for i in self.items], self.items, 2), strict=True):
+                sums.squares[item.row.index] = total
+            return
+        coupled = [item for item in wanted if item.row.adds_decay]
+        for item in coupled:
+            sums.norms[item.row.index] = 0.0
+        for batch, _ in self._batches(coupled, scales):
+            for item, total in zip(batch.items, _sums(batch.grads, batch.items, 1), strict=True):
+                sums.norms[item.row.index] = sums.norms[item.row.index] + total
+
+    def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
+        if sums is None:
+            count = len(self.optimizer.plan.rows)
+            sums = Sums([0.0] * count, [])
+            self.add_sums(sums, scales, squares=False, coupled_only=False)
+        numbers = self.steps.vector
+        # float64: 1 - 0.999^t loses four digits in float32.
+        on_device = self.rows[0].group["capturable"]
+        steps = numbers.to(widest(numbers.device)).unbind() if on_device else numbers.tolist()
+        live = iter(self.items)
+        for k, step in enumerate(steps):
+            if self.live[k]:
+                next(live).step = step
+        for item in self.items:
+            item.norm = sums.norms[item.row.index]
+        self.norms = [sums.norms[row.index] for row in self.rows]
+        _guard([item for item in self.items if item.psi])
+        for batch, written in self._batches(self.items, scales):
+            self.optimizer.update(batch)
+            for target, source in written:
+                target.copy_(source)
+        for item in self.items:
+            if item.target is not None:
+                item.target.copy_(item.param)
+        self.optimizer.finish(self.items)
+        self.first = [first and not live for first, live in zip(self.first, self.live, strict=True)]
+        self.items = []
+
+    def _batches(
+        self, items: Sequence[Item], scales: Sequence[Scalar]
+    ) -> Iterator[tuple[Batch, list[tuple[Tensor, Tensor]]]]:
+        """Cut tensors into batches of one group with their effective gradients.
+
+        The effective gradient is scale * grad, plus weight_decay * param where decay is L2. With each batch come the
+        (target, source) pairs to copy after the update: half-precision parameters are updated in a wide copy.
+        """
+        alike: dict[tuple[Any, ...], list[Item]] = {}
+        for item in items:
+            if item.param.numel():
+                row = item.row
+                key = (row.group_index, item.param.dtype, item.grad.dtype, row.needs_norm, item.psi, item.is_first)
+                alike.setdefault(key, []).append(item)
+        for members in alike.values():
+            for pieces in _cut(members):
+                yield _batch(pieces, scales[members[0].row.group_index])
+
+
+def _cut(items: list[Item]) -> Iterator[list[tuple[Item, Flats]]]:
+    """Lists of aligned pieces with at most a block of elements together; whole tensors where foreach is set."""
+    foreach = items[0].group["foreach"]
+    limit = BLOCK if items[0].param.is_cpu else DEVICE_BLOCK
+    pending: list[tuple[Item, Flats]] = []
+    room = limit
+    for item in items:
+        flats = {key: item.layout.flat(tensor) for key, tensor in item.state.items()}
+        flats["param"] = item.layout.flat(item.param)
+        flats["grad"] = item.layout.flat(item.grad)
+        size = item.param.numel()
+        if foreach is False:
+            yield [(item, flats)]
+        elif foreach:
+            pending.append((item, flats))
+        elif size > limit:
+            blocks = {key: tensor.split(limit) for key, tensor in flats.items()}
+            for i in range(len(blocks["param"])):
+                yield [(item, {key: parts[i] for key, parts in blocks.items()})]
+        else:
+            if size > room:
+                yield pending
+                pending, room = [], limit
+            pending.append((item, flats))
+            room -= size
+    if pending:
+        yield pending
+
+
+def _batch(pieces: list[tuple[Item, Flats]], scale: Scalar) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
+    items = [item for item, _ in pieces]
+    dtype, group = items[0].dtype, items[0].group
+    params = [flats["param"] for _, flats in pieces]
+    grads = [flats["grad"] for _, flats in pieces]
+    written: list[tuple[Tensor, Tensor]] = []
+    if params[0].dtype != dtype:
+        wide = [param.to(dtype) for param in params]
+        written = list(zip(params, wide, strict=True))
+        params = wide
+    if grads[0].dtype != dtype:
+        grads = [grad.to(dtype) for grad in grads]
+    if isinstance(scale, Tensor):
+        grads = list(mt.mul(grads, scale.to(device=grads[0].device, dtype=dtype)))
+    elif scale != 1.0:
+        grads = list(mt.mul(grads, scale))
+    if items[0].row.adds_decay:
+        grads = list(mt.add(grads, params, alpha=group["weight_decay"]))
+    state = {key: [flats[key] for _, flats in pieces] for key in items[0].state}
+    return Batch(params, grads, state, items), written
+
+
+def _sums(tensors: Sequence[Tensor], items: Sequence[Item], power: int) -> list[Scalar]:
+    """sum|x| (power 1) or sum x^2 (power 2) of each: a number where the host may look at it, else a 0-dim tensor."""
+    sums: list[Scalar] = [0.0] * len(tensors)
+    for indices in by_device_and_dtype(tensors):
+        alike = [tensors[i] for i in indices]
+        if items[indices[0]].row.on_host:
+            totals: Sequence[Scalar] = [sum_on_cpu(tensor, power) for tensor in alike]
+        else:
+            totals = sums_of_pieces(alike, power)
+        for i, total in zip(indices, totals, strict=True):
+            sums[i] = total
+    return sums
+
+
+def _guard(items: Sequence[Item]) -> None:
+    """Psi(g) = g where the norm is zero, infinite or NaN: on the host by not asking, on a device by dividing by inf."""
+    on_device = [item for item in items if not item.row.on_host]
+    for item in items:
+        if item.row.on_host:
+            item.psi = 0.0 < item.norm < float("inf")
+    for indices in by_device_and_dtype([item.norm for item in on_device]):  # type: ignore[misc]
+        stacked = torch.stack([on_device[i].norm for i in indices])  # type: ignore[misc]
+        usable = (stacked > 0) & (stacked < float("inf"))
+        for i, norm in zip(indices, torch.where(usable, stacked, float("inf")).unbind(), strict=True):
+            on_device[i].norm = norm

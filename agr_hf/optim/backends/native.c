@@ -1,0 +1,379 @@
+/* The step on a CPU in one pass: sums of |g| (and of g^2 where clipping asks), then the update, in one parallel region.
+ *
+ * Plain C against Python's stable interface: it knows addresses and numbers, no tensors. native.py makes the tables, from
+ * tensors that live and are checked in the same call; it holds them until these functions return.
+ *
+ * The tensors are cut into chunks. A chunk's sums are accumulated in float64 and added in the order of the chunks, so the
+ * result has the same bits at every repetition and at every number of threads. Tensors are walked in runs that fit the
+ * cache: the sums of a run, a barrier, its updates, so that the update finds the gradients in the cache.
+ *
+ * Threads are started for each call: no pool can be left without its threads by a fork, be shared by two optimizers, or
+ * spin while nobody steps; and a thread starts in its parent's floating-point mode. It costs some tens of microseconds, so
+ * a small step stays in the calling thread.
+ */
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ADAM, ADAN };
+enum { PLAIN, RAW, REGULARIZED, UNUSABLE };
+/* Modes of a call and flags of a tensor; the same in native.py. */
+enum { SUMS_ONLY = 1, SQUARES = 2, COUPLED_ONLY = 4, NORMS_GIVEN = 8 };
+enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_BF16 = 16, GRAD_BF16 = 32 };
+#define STATES 4
+#define NUMBERS 16     /* numbers of a class: a group and step count */
+#define CHUNK 32768    /* elements summed or updated at a time: 128 KiB of float32 */
+#define RUN 262144     /* elements of a run for one or two threads: 1 MiB of float32 gradients; more threads, longer runs */
+#define SMALL 65536    /* elements a thread is worth starting for */
+
+typedef struct {
+    void *param;
+    const void *grad;
+    float *state[STATES];
+    int64_t n;
+    int param_is_bf16, grad_is_bf16, coupled;
+    double scale, l2;
+} chunk_t;
+
+typedef struct { float scale, l2, up, share, one_minus_b1, b2, one_minus_b2, decay, step_size, correction, eps; } adam_t;
+typedef struct {
+    float scale, up, share, up_before, share_before, one_minus_b1, b2, one_minus_b2, b3, one_minus_b3;
+    float decay, shrink, step_size, difference_step_size, correction, eps;
+    int first;
+} adan_t;
+typedef struct {
+    int rule, kind, coupled;
+    union { adam_t adam; adan_t adan; };
+} update_t;
+
+/* Sums again in float64, where a float32 overflowed. */
+static void precise(const chunk_t *c, int squares, double *norm, double *square) {
+    double s = 0, q = 0;
+    for (int64_t i = 0; i < c->n; i++) {
+        union { uint32_t bits; float value; } g, p = {0};
+        if (c->grad_is_bf16) g.bits = (uint32_t)((const uint16_t *)c->grad)[i] << 16;
+        else g.value = ((const float *)c->grad)[i];
+        if (c->coupled && c->param_is_bf16) p.bits = (uint32_t)((const uint16_t *)c->param)[i] << 16;
+        else if (c->coupled) p.value = ((const float *)c->param)[i];
+        s += c->coupled ? fabs(c->scale * g.value + c->l2 * p.value) : fabs((double)g.value);
+        if (squares) q += (double)g.value * g.value;
+    }
+    *norm = s;
+    *square = q;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define NAMED(f) f##_avx512
+#include "kernels.h"
+#undef TARGET
+#undef NAMED
+#define TARGET __attribute__((target("avx2,fma")))
+#define NAMED(f) f##_avx2
+#include "kernels.h"
+#undef TARGET
+#undef NAMED
+#endif
+#define TARGET
+#define NAMED(f) f##_baseline
+#include "kernels.h"
+
+typedef struct {
+    const char *name;
+    void (*sum)(const chunk_t *, int, double *, double *);
+    void (*update)(const chunk_t *, const update_t *);
+} isa_t;
+
+static const isa_t ISAS[] = {
+#if defined(__x86_64__) && defined(__GNUC__)
+    {"avx512", sum_chunk_avx512, update_chunk_avx512},
+    {"avx2", sum_chunk_avx2, update_chunk_avx2},
+#endif
+    {"baseline", sum_chunk_baseline, update_chunk_baseline},
+};
+enum { ISA_COUNT = sizeof ISAS / sizeof *ISAS };
+static const isa_t *isa;
+
+static int supported(const char *name) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (!strcmp(name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return !strcmp(name, "baseline");
+}
+
+/* What a call works on. Columns have one entry for each tensor, in the order of native.py. */
+typedef struct {
+    int rule, states, mode;
+    int64_t rows;
+    const int64_t *address[2 + STATES], *numel, *flags, *class;
+    const double *numbers;
+    double *norms, *square_sums, *before; /* before: norms of the previous step, of Adan with AGR */
+    int64_t chunks, units, runs;
+    int64_t *chunk_row, *chunk_at, *first_chunk, *unit_chunk, *run_unit;
+    double *chunk_norm, *chunk_square;
+    atomic_llong *next_sum, *next_update; /* a counter for each run: units are taken by whoever is free */
+    atomic_int threads, waiting, generation; /* threads: 0 until all are started */
+} job_t;
+
+static int wants_norm(const job_t *j, int64_t row) { return (j->flags[row] & (PSI | SCALED_BY_NORM)) != 0; }
+
+static int is_coupled(const job_t *j, int64_t row) { return (j->flags[row] & COUPLED) != 0; }
+
+/* Whether a sum is to be taken of this tensor in this call. */
+static int is_summed(const job_t *j, int64_t row) {
+    if (!j->address[1][row] || j->mode & NORMS_GIVEN) return 0;
+    if (j->mode & SQUARES) return 1;
+    return wants_norm(j, row) && (is_coupled(j, row) || !(j->mode & COUPLED_ONLY));
+}
+
+static chunk_t make_chunk(const job_t *j, int64_t index) {
+    int64_t row = j->chunk_row[index], at = j->chunk_at[index], flags = j->flags[row], left = j->numel[row] - at;
+    const double *numbers = j->numbers + NUMBERS * j->class[row];
+    int p_size = flags & PARAM_BF16 ? 2 : 4, g_size = flags & GRAD_BF16 ? 2 : 4;
+    chunk_t c = {
+        .param = (char *)(intptr_t)j->address[0][row] + at * p_size,
+        .grad = (const char *)(intptr_t)j->address[1][row] + at * g_size,
+        .n = left < CHUNK ? left : CHUNK,
+        .param_is_bf16 = (flags & PARAM_BF16) != 0,
+        .grad_is_bf16 = (flags & GRAD_BF16) != 0,
+        /* Clipping's squares are of the gradient alone, and it is not known yet what it is scaled by. */
+        .coupled = is_coupled(j, row) && !(j->mode & SQUARES),
+        .scale = numbers[0],
+        .l2 = numbers[1],
+    };
+    for (int k = 0; k < j->states; k++) c.state[k] = (float *)(intptr_t)j->address[2 + k][row] + at;
+    return c;
+}
+
+static int is_usable(double norm) { return norm > 0 && norm < INFINITY; }
+
+/* A power of two and a reciprocal, both far from the ends of float32, whose product is 1 / norm. */
+static void split_reciprocal(double norm, float *up, float *share) {
+    double factor = norm < 0x1p-100 ? 0x1p100 : norm > 0x1p100 ? 0x1p-100 : 1;
+    *up = (float)factor;
+    *share = (float)(1 / (norm * factor));
+}
+
+static update_t make_update(const job_t *j, int64_t row, double norm) {
+    const double *a = j->numbers + NUMBERS * j->class[row];
+    int64_t flags = j->flags[row];
+    int psi = (flags & PSI) != 0, usable = psi && is_usable(norm), regularized = (flags & SECOND_REGULARIZED) != 0;
+    double scale = a[0], l2 = a[1];
+    update_t u = {.rule = j->rule, .coupled = is_coupled(j, row)};
+    u.kind = !psi ? PLAIN : usable ? (regularized ? REGULARIZED : RAW) : regularized ? PLAIN : UNUSABLE;
+    float up = 1, share = 0, up_before = 1, share_before = 0;
+    if (usable) split_reciprocal(norm, &up, &share);
+    if (flags & SCALED_BY_NORM) scale *= norm, l2 *= norm;
+    if (j->rule == ADAM) {
+        u.adam = (adam_t){(float)scale, (float)l2, up, share, (float)a[2], (float)a[3], (float)a[4],
+                          (float)a[5], (float)a[6], (float)a[7], (float)a[8]};
+        return u;
+    }
+    if (j->before && is_usable(j->before[row])) split_reciprocal(j->before[row], &up_before, &share_before);
+    u.adan = (adan_t){(float)scale, up, share, up_before, share_before, (float)a[2], (float)a[3], (float)a[4], (float)a[5],
+                      (float)a[6], (float)a[7], (float)a[8], (float)a[9], (float)a[10], (float)a[11], (float)a[12],
+                      a[13] != 0};
+    return u;
+}
+
+/* Wait until every thread of the job is here. It spins, for the wait is short, and yields where cores are fewer. */
+static void wait_for_all(job_t *j) {
+    int generation = atomic_load_explicit(&j->generation, memory_order_acquire);
+    if (atomic_fetch_add_explicit(&j->waiting, 1, memory_order_acq_rel) + 1 == j->threads) {
+        atomic_store_explicit(&j->waiting, 0, memory_order_relaxed);
+        atomic_store_explicit(&j->generation, generation + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&j->generation, memory_order_acquire) == generation; spins++)
+        if (spins > 2000) sched_yield();
+}
+
+static double norm_of_row(const job_t *j, int64_t row) {
+    if (!wants_norm(j, row)) return 0;
+    if (j->mode & NORMS_GIVEN) return j->norms[row];
+    double norm = 0;
+    for (int64_t c = j->first_chunk[row]; c < j->first_chunk[row + 1]; c++) norm += j->chunk_norm[c];
+    return norm;
+}
+
+static void *work(void *argument) {
+    job_t *j = argument;
+    int sums_only = j->mode & SUMS_ONLY;
+    while (!atomic_load_explicit(&j->threads, memory_order_acquire)) sched_yield();
+    update_t u = {0};
+    int64_t row = -1;
+    for (int64_t run = 0; run < j->runs; run++) {
+        int64_t first = j->run_unit[run], count = j->run_unit[run + 1] - first, taken;
+        int any = 0;
+        for (int64_t c = j->unit_chunk[first]; c < j->unit_chunk[first + count] && !any; c++)
+            any = is_summed(j, j->chunk_row[c]);
+        if (any) {
+            while ((taken = atomic_fetch_add_explicit(&j->next_sum[run], 1, memory_order_relaxed)) < count)
+                for (int64_t c = j->unit_chunk[first + taken]; c < j->unit_chunk[first + taken + 1]; c++)
+                    if (is_summed(j, j->chunk_row[c])) {
+                        chunk_t chunk = make_chunk(j, c);
+                        isa->sum(&chunk, j->mode & SQUARES, &j->chunk_norm[c], &j->chunk_square[c]);
+                    }
+            if (!sums_only) wait_for_all(j);
+        }
+        if (sums_only) continue;
+        while ((taken = atomic_fetch_add_explicit(&j->next_update[run], 1, memory_order_relaxed)) < count)
+            for (int64_t c = j->unit_chunk[first + taken]; c < j->unit_chunk[first + taken + 1]; c++) {
+                if (row != j->chunk_row[c]) {
+                    row = j->chunk_row[c];
+                    u = make_update(j, row, norm_of_row(j, row));
+                }
+                chunk_t chunk = make_chunk(j, c);
+                isa->update(&chunk, &u);
+            }
+    }
+    return NULL;
+}
+
+/* Cut the tensors into chunks, chunks into units that a thread takes at a time, units into runs. 0 if memory is short. */
+static int cut(job_t *j, int64_t total, int threads) {
+    int64_t most = total / CHUNK + j->rows + 1, run_length = RUN * (int64_t)(threads > 2 ? threads / 2 : 1);
+    j->chunk_row = malloc((4 * most + j->rows + 4) * sizeof(int64_t) + 2 * most * sizeof(double));
+    if (!j->chunk_row) return 0;
+    j->chunk_at = j->chunk_row + most;
+    j->unit_chunk = j->chunk_at + most;
+    j->run_unit = j->unit_chunk + most + 1;
+    j->first_chunk = j->run_unit + most + 2;
+    j->chunk_norm = (double *)(j->first_chunk + j->rows + 1);
+    j->chunk_square = j->chunk_norm + most;
+    j->run_unit[0] = 0;
+    int64_t in_unit = 0, in_run = 0;
+    for (int64_t row = 0; row < j->rows; row++) {
+        int64_t numel = j->address[1][row] ? j->numel[row] : 0;
+        j->first_chunk[row] = j->chunks;
+        /* A run holds whole tensors: the norm of each is known before its first update. */
+        if (in_run && in_run + numel > run_length) j->run_unit[++j->runs] = j->units, in_run = in_unit = 0;
+        for (int64_t at = 0; at < numel; at += CHUNK) {
+            int64_t n = numel - at < CHUNK ? numel - at : CHUNK;
+            if (!in_unit || in_unit + n > CHUNK) j->unit_chunk[j->units++] = j->chunks, in_unit = 0;
+            j->chunk_row[j->chunks] = row;
+            j->chunk_at[j->chunks++] = at;
+            in_unit += n, in_run += n;
+        }
+    }
+    if (in_run) j->run_unit[++j->runs] = j->units;
+    j->first_chunk[j->rows] = j->chunks;
+    j->unit_chunk[j->units] = j->chunks;
+    j->next_sum = calloc(2 * (j->runs + 1), sizeof(atomic_llong));
+    j->next_update = j->next_sum + j->runs + 1;
+    return j->next_sum != NULL;
+}
+
+/* 0 if memory is short; then nothing has been written. */
+static int run_job(job_t *j, int threads) {
+    int64_t total = 0;
+    for (int64_t row = 0; row < j->rows; row++)
+        if (j->address[1][row]) total += j->numel[row];
+    if (threads > total / SMALL) threads = (int)(total / SMALL);
+    if (threads < 1) threads = 1;
+    int fits = cut(j, total, threads);
+    pthread_t *started = fits ? malloc(threads * sizeof(pthread_t)) : NULL;
+    if (started) {
+        int count = 1;
+        while (count < threads && !pthread_create(&started[count], NULL, work, j)) count++;
+        atomic_store_explicit(&j->threads, count, memory_order_release);
+        work(j);
+        for (int i = 1; i < count; i++) pthread_join(started[i], NULL);
+        for (int64_t row = 0; row < j->rows; row++) {
+            if (is_summed(j, row) && wants_norm(j, row) && !(j->mode & SQUARES && is_coupled(j, row)))
+                j->norms[row] = norm_of_row(j, row);
+            if (j->mode & SQUARES) {
+                double square = 0;
+                for (int64_t c = j->first_chunk[row]; c < j->first_chunk[row + 1]; c++) square += j->chunk_square[c];
+                j->square_sums[row] = square;
+            }
+            if (j->before && !(j->mode & SUMS_ONLY) && j->address[1][row])
+                j->before[row] = (j->flags[row] & (PSI | SECOND_REGULARIZED)) == PSI && is_usable(j->norms[row])
+                                     ? j->norms[row] : INFINITY;
+        }
+    }
+    free(started);
+    free(j->chunk_row);
+    free(j->next_sum);
+    return started != NULL;
+}
+
+static PyObject *run(PyObject *module, PyObject *args) {
+    (void)module;
+    Py_buffer address, fixed, class, numbers, norms, squares;
+    int rule, states, mode, threads;
+    unsigned long long before;
+    if (!PyArg_ParseTuple(args, "iiiiy*y*y*y*w*w*K", &rule, &states, &mode, &threads, &address, &fixed, &class, &numbers,
+                          &norms, &squares, &before))
+        return NULL;
+    int64_t rows = norms.len / (int64_t)sizeof(double), classes = numbers.len / (int64_t)sizeof(double) / NUMBERS;
+    PyObject *result = NULL;
+    int fits = rule >= ADAM && rule <= ADAN && states == (rule == ADAM ? 2 : 4) && squares.len == norms.len &&
+               address.len == (2 + states) * norms.len && fixed.len == 2 * norms.len && class.len == norms.len;
+    for (int64_t row = 0; fits && row < rows; row++)
+        fits = ((const int64_t *)class.buf)[row] >= 0 && ((const int64_t *)class.buf)[row] < classes;
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the tables of the native step do not fit each other");
+    } else {
+        job_t j = {.rule = rule, .states = states, .mode = mode, .rows = rows};
+        for (int k = 0; k < 2 + states; k++) j.address[k] = (const int64_t *)address.buf + k * rows;
+        j.numel = fixed.buf;
+        j.flags = j.numel + rows;
+        j.class = class.buf;
+        j.numbers = numbers.buf;
+        j.norms = norms.buf;
+        j.square_sums = squares.buf;
+        j.before = (double *)(intptr_t)before;
+        int done;
+        Py_BEGIN_ALLOW_THREADS
+        done = run_job(&j, threads);
+        Py_END_ALLOW_THREADS
+        if (done) result = Py_NewRef(Py_None);
+        else PyErr_NoMemory();
+    }
+    PyBuffer_Release(&address);
+    PyBuffer_Release(&fixed);
+    PyBuffer_Release(&class);
+    PyBuffer_Release(&numbers);
+    PyBuffer_Release(&norms);
+    PyBuffer_Release(&squares);
+    return result;
+}
+
+static PyObject *select_isa(PyObject *module, PyObject *args) {
+    (void)module;
+    const char *name = NULL;
+    if (!PyArg_ParseTuple(args, "|z", &name)) return NULL;
+    for (int i = 0; i < ISA_COUNT; i++)
+        if (supported(ISAS[i].name) && (!name || !strcmp(name, ISAS[i].name))) {
+            isa = &ISAS[i];
+            return PyUnicode_FromString(isa->name);
+        }
+    PyErr_Format(PyExc_ValueError, "this processor has no instruction set %s", name);
+    return NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"run", run, METH_VARARGS,
+     "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before): see native.py"},
+    {"select_isa", select_isa, METH_VARARGS,
+     "select_isa(name=None): compute with these instructions, by default the widest that the processor has; their name"},
+    {NULL, NULL, 0, NULL},
+};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    for (int i = 0; i < ISA_COUNT && !isa; i++)
+        if (supported(ISAS[i].name)) isa = &ISAS[i];
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,263 @@
+"""The native backend of the CPU: one pass over all tensors in C (native.c), through tables of addresses.
+
+It serves float32 and bfloat16 parameters and gradients in any mix, with float32 state, for the rules of Adam and of Adan.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Collection, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.layout import Layout
+from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.shards import Scalar, local
+
+try:
+    from agr_hf.optim.backends import _native
+except ImportError as error:
+    _native, WHY_NOT = None, str(error)
+else:
+    WHY_NOT = ""
+
+if TYPE_CHECKING:
+    from agr_hf.optim.step import StepOptimizer
+
+logger = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.bfloat16)
+TYPES = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
+# Rules of native.c by the name that an optimizer states; its `state_keys` are in the order of the loops' arguments.
+RULES = {"adam": 0, "adan": 1}
+# Modes of a call and flags of a tensor; the same in native.c.
+SUMS_ONLY, SQUARES, COUPLED_ONLY, NORMS_GIVEN = 1, 2, 4, 8
+PSI, SECOND_REGULARIZED, COUPLED, SCALED_BY_NORM, PARAM_BF16, GRAD_BF16 = 1, 2, 4, 8, 16, 32
+NUMBERS = 16
+
+_said = False
+
+
+def is_available() -> bool:
+    """Whether the extension was built; says once why not and what to do."""
+    global _said
+    if _native is None and not _said:
+        _said = True
+        logger.warning(
+            "agr_hf was installed without its native CPU step (%s): steps take the slower multi-tensor path; install a C "
+            "compiler and build the package again. `agr-hf env` shows what is there",
+            WHY_NOT,
+        )
+    return _native is not None
+
+
+def select_instructions(name: str | None = None) -> str:
+    """Compute with the instruction set `name` (avx512, avx2, baseline) from now on, or with the widest; its name.
+
+    Raises:
+        ValueError: this processor does not have it.
+    """
+    return _native.select_isa(name)
+
+
+def missing_kernel(rule: str | None, param: Tensor) -> str | None:
+    """What keeps the native step from a parameter, to follow "has no fused kernel", or None."""
+    if rule is None or not param.is_cpu:
+        return f"on {param.device.type}"
+    if param.dtype not in DTYPES:
+        return f"for {param.dtype} (only for float32 and bfloat16)"
+    return None if _native is not None else f"here: it was not built ({WHY_NOT})"
+
+
+def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
+    """Whether this backend computes a row: by the options of its group, and by what its tensors are."""
+    group = row.group
+    if optimizer.native_rule is None or group["foreach"] is not None or group["fused"] is False:
+        return False
+    param, grad = present.locals[row.index], present.local_grads[row.index]
+    tensors = [param] if grad is None else [param, grad]
+    if not row.on_host or any(type(t) not in TYPES or t.dtype not in DTYPES or not t.is_cpu for t in tensors):
+        return False
+    return Layout(param).view(param) is not None and is_available()
+
+
+class NativePart(Part):
+    """Rows that native.c computes. `fixed` and `groups` do not change; addresses, classes and numbers are a step's."""
+
+    def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
+        super().__init__(optimizer, rows, present, new)
+        self.rule, self.keys = RULES[optimizer.native_rule or ""], optimizer.state_keys
+        params = [present.locals[i] for i in self.indices]
+        self.layouts = [Layout(param) for param in params]
+        self.is_whole = len(rows) == len(present.params)
+        self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
+        for param, layout, state in zip(params, self.layouts, self.states, strict=True):
+            optimizer.lay_state(param, layout, state)
+        # What a gradient looks like, where there is none yet: the parameter.
+        self.looks = [
+            _look_of(param if (grad := present.local_grads[i]) is None else grad)
+            for i, param in zip(self.indices, params, strict=True)
+        ]
+        # Gradients in another memory order than their parameter are copied into its order in each step.
+        self.copied = {
+            k: layout
+            for k, (i, layout) in enumerate(zip(self.indices, self.layouts, strict=True))
+            if (grad := present.local_grads[i]) is not None and layout.view(grad) is None
+        }
+        flags = [
+            PSI * row.psi
+            | SECOND_REGULARIZED * (row.group.get("second_moment") == "regularized")
+            | COUPLED * row.adds_decay
+            | SCALED_BY_NORM * optimizer.uses_norms
+            | PARAM_BF16 * (param.dtype == torch.bfloat16)
+            | GRAD_BF16 * (look[0] == torch.bfloat16)
+            for row, param, look in zip(rows, params, self.looks, strict=True)
+        ]
+        self.fixed = array("q", [param.numel() for param in params] + flags)
+        self.groups = {row.group_index: row.group for row in rows}
+        slots = {number: slot for slot, number in enumerate(self.groups)}
+        self.group_slots = array("q", [slots[row.group_index] for row in rows])
+        self.norms = array("d", bytes(8 * len(rows)))
+        self.squares = array("d", bytes(8 * len(rows)))
+        self.guard: Guard | None = None
+        self.addresses = array("q")
+        self.held: list[Tensor] = []
+
+    def number_dtype(self, device: torch.device) -> torch.dtype:
+        return torch.float64  # native.c reads and writes doubles
+
+    def look(self, present: Present) -> bool:
+        params, grads = present.locals, present.local_grads
+        if not self.is_whole:
+            params, grads = [params[i] for i in self.indices], [grads[i] for i in self.indices]
+        states = [[state.get(key) for state in self.states] for key in self.keys]
+        if self.has_shards:
+            states = [[local(tensor) for tensor in column] for column in states]
+        live = [grad is not None for grad in grads]
+        there = grads if all(live) else [grad for grad in grads if grad is not None]
+        if live != self.live or self.guard is None:
+            expected = [look for look, is_live in zip(self.looks, live, strict=True) if is_live]
+            if [_look_of(grad) for grad in there] != expected:
+                return False
+            self.guard = Guard([*params, *chain(*states), *there])
+        elif not self.guard.check(*params, *chain(*states), *there):
+            return False
+        self.set_live(live)
+        self.held = []
+        if self.copied or len(there) != len(grads):
+            grads = list(grads)
+            for k, layout in self.copied.items():
+                if grads[k] is not None:
+                    grads[k] = layout.flat(grads[k])
+                    self.held.append(grads[k])
+            of_grads = [0 if grad is None else grad.data_ptr() for grad in grads]
+        else:
+            of_grads = list(map(Tensor.data_ptr, grads))
+        self.addresses = array("q", map(Tensor.data_ptr, params))
+        self.addresses.extend(of_grads)
+        for column in states:
+            self.addresses.extend(map(Tensor.data_ptr, column))
+        return True
+
+    def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
+        mode = SUMS_ONLY | SQUARES * squares | COUPLED_ONLY * coupled_only
+        self._run(mode, *self._classes(scales))
+        for k, row in enumerate(self.rows):
+            if squares:
+                sums.squares[row.index] = self.squares[k]
+            if row.needs_norm and (row.adds_decay or not coupled_only) and not (squares and row.adds_decay):
+                sums.norms[row.index] = self.norms[k] if self.live[k] else 0.0
+
+    def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
+        if sums is not None:
+            self.norms = array("d", [sums.norms[i] for i in self.indices])
+        self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
+        self.held = []
+
+    @torch._disable_dynamo  # torch.compile cannot trace C
+    def _run(self, mode: int, classes: array[int], numbers: array[float]) -> None:
+        before = self.scalars["pre_l1_norm"].vector.data_ptr() if "pre_l1_norm" in self.scalars else 0
+        _native.run(
+            self.rule, len(self.keys), mode, torch.get_num_threads(), self.addresses, self.fixed, classes, numbers,
+            self.norms, self.squares, before,
+        )  # fmt: skip
+
+    def _classes(self, scales: Sequence[Scalar]) -> tuple[array[int], array[float]]:
+        """A class of each row and the numbers of each class: rows of one group and step count share them."""
+        steps = self.steps.vector.tolist()
+        numbers = array("d")
+        if steps.count(steps[0]) == len(steps):
+            for index, group in self.groups.items():
+                numbers.extend(self._numbers(index, group, steps[0], scales))
+            return self.group_slots, numbers
+        found: dict[tuple[int, float], int] = {}
+        classes = array("q")
+        for row, step in zip(self.rows, steps, strict=True):
+            key = (row.group_index, step)
+            if key not in found:
+                found[key] = len(found)
+                numbers.extend(self._numbers(row.group_index, row.group, step, scales))
+            classes.append(found[key])
+        return classes, numbers
+
+    def _numbers(self, index: int, group: dict[str, Any], step: float, scales: Sequence[Scalar]) -> list[float]:
+        """Of a group and step count, as native.c reads them: what is multiplied once a step and not once an element."""
+        step = step or 1.0  # a row without any gradient yet, which is not computed
+        lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
+        betas = group["betas"]
+        coupled = self.optimizer.l2_decay(group)
+        head = [float(scales[index]), decay if coupled else 0.0, 1 - betas[0], betas[1], 1 - betas[1]]
+        if self.rule == RULES["adam"]:
+            rest = [
+                1.0 if coupled else 1 - lr * decay,
+                lr / (1 - betas[0] ** step),
+                (1 - betas[1] ** step) ** -0.5,
+                eps,
+            ]
+        else:
+            rest = [
+                betas[2],
+                1 - betas[2],
+                1.0 if group["proximal"] else 1 - lr * decay,
+                1 / (1 + lr * decay) if group["proximal"] else 1.0,
+                lr / (1 - betas[0] ** step),
+                lr * betas[1] / (1 - betas[1] ** step),
+                (1 - betas[2] ** step) ** -0.5,
+                eps,
+                float(step == 1),
+            ]
+        return head + rest + [0.0] * (NUMBERS - len(head) - len(rest))
+
+
+def _look_of(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+class _LookGuard:
+    """What torch's guard does, where this torch has none under that name."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.looks = [(type(tensor), tensor.device, *_look_of(tensor)) for tensor in tensors]
+
+    def check(self, *tensors: Tensor) -> bool:
+        return [(type(tensor), tensor.device, *_look_of(tensor)) for tensor in tensors] == self.looks
+
+
+def _torch_guard(tensors: Sequence[Tensor]) -> Any:
+    """torch.compile's own check of types, dtypes, devices, sizes and strides: a tenth of the time of asking in Python."""
+    return _TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    )
+
+
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:
+    Guard: Any = _LookGuard
+else:
+    Guard = _torch_guard

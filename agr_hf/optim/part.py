@@ -1,0 +1,141 @@
+"""Tensors of a step, what is applied to them, and the part of them that one backend computes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.shards import Scalar, as_number, local, reduced, widest
+
+if TYPE_CHECKING:
+    from agr_hf.optim.step import StepOptimizer
+
+PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
+
+
+class Present:
+    """The tensors of one step, in the order of the groups: parameters, gradients (None where there is none), and what this
+    rank holds of both."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.params: list[Tensor] = [param for group in groups for param in group["params"]]
+        self.grads: list[Tensor | None] = [param.grad for param in self.params]
+        self.locals, self.local_grads = self.params, self.grads
+        if not (set(map(type, self.params)) | set(map(type, self.grads))) <= PLAIN_TYPES:
+            self.grads = [
+                None if grad is None else reduced(grad, param)
+                for param, grad in zip(self.params, self.grads, strict=True)
+            ]
+            self.locals = [local(param) for param in self.params]
+            self.local_grads = [None if grad is None else local(grad) for grad in self.grads]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is applied to one parameter.
+
+    Attributes:
+        index: place among all parameters of the groups.
+        group, group_index: its group.
+        psi: AGR applies in this and the following steps.
+        needs_norm: the rule needs its l1 norm.
+        adds_decay: weight decay is part of the gradient (L2).
+        on_host: the host may look at its numbers without waiting for a device.
+    """
+
+    index: int
+    group: dict[str, Any]
+    group_index: int
+    psi: bool
+    needs_norm: bool
+    adds_decay: bool
+    on_host: bool
+
+
+class Column:
+    """One number of each row (its steps, say) in one vector, of which each state holds its element as a 0-dim view.
+
+    One addition then counts a thousand tensors. Numbers that were loaded or replaced since are taken over by a new column.
+    """
+
+    def __init__(self, key: str, states: Sequence[dict[str, Any]], dtype: torch.dtype, device: torch.device) -> None:
+        self.key, self.states = key, states
+        self.vector = torch.stack([as_number(state[key], dtype, device) for state in states])
+        self.views = list(self.vector.unbind())
+        for state, view in zip(states, self.views, strict=True):
+            state[key] = view
+
+    def fits(self) -> bool:
+        """Whether every state still holds its element of the vector."""
+        key = self.key
+        return all(map(is_, [state.get(key) for state in self.states], self.views))
+
+
+@dataclass
+class Sums:
+    """Of each parameter in the order of the groups, over all ranks: the l1 norm of its effective gradient, and the sum of
+    squares of its raw one. 0 where there is none, or nobody asks."""
+
+    norms: list[Scalar]
+    squares: list[Scalar]
+
+
+class Part:
+    """Rows of a plan that one backend computes. A backend is a subclass that states these three:
+
+    - `look(present)`: take the tensors of this step; False where they are not of the kind that the part was made for.
+    - `add_sums(sums, scales, squares, coupled_only)`: write this rank's sums of |scale * gradient| into `sums.norms` for the
+      rows that need them, and where `squares` is set also sums of squares of raw gradients, of every row. Norms of rows
+      whose gradient includes weight decay depend on the scale: with `squares`, which comes before the scale is known, they
+      are left out, and `coupled_only` asks for them alone.
+    - `update(sums, scales)`: change parameters and state. Where `sums` is None (no clipping, no shards) the backend takes
+      the norms itself.
+
+    `new` names the rows whose state is of this step. `scales` has, for each group, what its gradients are multiplied by: -1 to maximize, times the clipping factor.
+    """
+
+    def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
+        self.optimizer, self.rows = optimizer, rows
+        self.indices = [row.index for row in rows]
+        self.states = [optimizer.state[present.params[i]] for i in self.indices]
+        self.live: list[bool] = []  # which rows have a gradient in this step
+        self.norms: Sequence[Scalar] = []  # of each row in this step, where it was needed
+        device = present.locals[self.indices[0]].device
+        counted_on = device if rows[0].group["capturable"] else torch.device("cpu")
+        self.steps = Column("step", self.states, torch.float32, counted_on)
+        # A recorded step cannot ask whether it is the first of a tensor: that is read here, of state that was loaded.
+        is_new = [i in new for i in self.indices]
+        self.first = is_new if all(is_new) else [not step for step in self.steps.vector.tolist()]
+        self.scalars = {
+            key: Column(key, self.states, self.number_dtype(device), device) for key in optimizer.scalar_state
+        }
+
+    def number_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the rule's numbers of each row."""
+        return widest(device)
+
+    def look(self, present: Present) -> bool:
+        raise NotImplementedError
+
+    def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
+        raise NotImplementedError
+
+    def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
+        raise NotImplementedError
+
+    def set_live(self, live: list[bool]) -> None:
+        if live != self.live:
+            self.live = live
+            vector = self.steps.vector
+            self._increment = (
+                None if all(live) else torch.tensor(live, dtype=vector.dtype, device="cpu").to(vector.device)
+            )
+
+    def count(self) -> None:
+        """Count this step of the rows that have a gradient."""
+        self.steps.vector.add_(1.0 if self._increment is None else self._increment)
