@@ -49,7 +49,7 @@ def ways(name):
 
 def rules(name):
     """Options that change what is computed."""
-    choices = [{}, {"lr": 0.01}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}]
+    choices = [{}, {"weight_decay": 0.1, "maximize": True}]
     if name != STOCK:
         choices.append({"weight_decay": 0.1, "max_grad_norm": 0.5})
     if name in WITH_AGR:
@@ -571,8 +571,9 @@ SCHEDULERS = {
 
 
 @every_optimizer
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize(
+    ("scheduler", "tensor"), [*((key, False) for key in SCHEDULERS), ("exponential", True), ("one cycle", True)]
+)
 def test_schedulers_set_rates_and_betas_as_they_set_those_of_torch(name, scheduler, tensor):
     """Cyclic ones change the first beta too."""
 
@@ -585,7 +586,7 @@ def test_schedulers_set_rates_and_betas_as_they_set_those_of_torch(name, schedul
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of steps in the wrong order: the scheduler must see ours
             schedule = SCHEDULERS[scheduler](optimizer)
-            for _ in range(12):
+            for _ in range(9):
                 optimizer.step(closure)
                 schedule.step(*([1.0] if scheduler == "plateau" else []))
                 seen.append([(float(group["lr"]), float(group["betas"][0])) for group in optimizer.param_groups])
