@@ -316,14 +316,16 @@ def test_backward_through_weights_that_have_changed_since_is_refused(name):
 # ---- states of others
 
 
-def test_the_state_of_timms_adopt_is_refused_by_adal():
+@every_optimizer
+def test_the_state_of_timms_adopt_is_refused(name):
+    """Its keys are Adam's, its first moment is of gradients divided by the second's root. It has AdaL's `decoupled` too."""
     adopt = pytest.importorskip("timm.optim", reason="timm is missing: pip install 'agr-hf[train]'").Adopt
     param = Parameter(torch.ones(3, 4))
     param.grad = torch.ones(3, 4)
     saved = adopt([param])
     for _ in range(2):
         saved.step()
-    optimizer = AdaL([param])
+    optimizer = make(name, [param])
     with pytest.raises(ValueError, match="another optimizer"):
         optimizer.load_state_dict(saved.state_dict())
     assert not optimizer.state
