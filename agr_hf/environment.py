@@ -80,8 +80,8 @@ def explain_slow_steps() -> list[str]:
     else:
         reason = "torch was limited to one thread"
     return [
-        f"A step on the CPU uses 1 of {cores} cores: {reason}. Set OMP_NUM_THREADS to the cores of a process before the launch, "
-        "or call torch.set_num_threads."
+        f"A step on the CPU uses 1 of {cores} cores: {reason}. Set OMP_NUM_THREADS to the cores of a process before the "
+        "launch, or call torch.set_num_threads."
     ]
 
 

@@ -28,9 +28,9 @@ class AdaL(StepOptimizer):
     degree 2 in the gradient, so loss scales must be taken out first (torch's GradScaler does). The moments are of another
     scale than Adam's and have keys of their own, `scaled_exp_avg` and `scaled_exp_avg_sq`: neither takes the other's state.
 
-    Range: `(||g||_1 |g|)^2` must fit float32, so `||g||_1 |g|` may be 1.8e19 at most (20 elements of 1e9, a million of
-    4e6); beyond it steps shrink to nothing or become NaN, and a warning says so once (where the host knows the norms: not on
-    a GPU). Where it falls below eps, 1e-8, steps shrink too.
+    Range: `(||g||_1 |g|)^2` must fit float32, so `||g||_1 |g|` may be 1.8e19 at most (20 elements of 9e8, a million of 4e6).
+    Beyond it steps shrink to nothing or become NaN; a warning says so once, where the host knows the norms (not on a GPU).
+    Where it falls below eps, 1e-8, steps shrink too.
 
     Args:
         params: parameters, or groups.
@@ -39,8 +39,8 @@ class AdaL(StepOptimizer):
         betas: decay rates of the two moments. Default (0.9, 0.999).
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: L2 penalty, part of the gradient before its norm is taken. Default 0.
-        **options: `decoupled`: decay as AdamW does instead, default False. `max_grad_norm` (of the raw gradients, before they
-            are scaled), `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
+        **options: `decoupled`: decay as AdamW does instead, default False. `max_grad_norm` (of the raw gradients),
+            `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.
@@ -85,7 +85,7 @@ class AdaL(StepOptimizer):
                     self._has_warned = True
                     warnings.warn(
                         f"AdaL: a gradient of shape {tuple(grad.shape)} has the l1 norm {norm:.3g}, and norm times gradient "
-                        f"leaves the range of its second moment ({LARGEST_SCALED:.2g}): its steps shrink to nothing or become "
+                        f"leaves the range of the second moment ({LARGEST_SCALED:.2g}): steps shrink to nothing or become "
                         "NaN; unscale the gradients of a scaled loss first, or divide the loss",
                         stacklevel=4,
                     )

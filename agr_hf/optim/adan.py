@@ -106,8 +106,7 @@ class AGRAdan(_Adan):
 
     Args:
         params, lr, betas, eps, weight_decay: as `Adan`.
-        **options: `proximal` as `Adan`; `agr`, `agr_steps`, `min_ndim`, `second_moment`, `max_grad_norm`, `foreach`, `fused`,
-            `maximize` and `capturable` as `AGRAdamW`.
+        **options: `proximal` as `Adan`; the others as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.

@@ -76,8 +76,8 @@ class AGRAdamW(_AGRAdam):
 
     Raises:
         TypeError: there is no such option.
-        ValueError: a hyperparameter is out of range, or a parameter is complex, quantized, a flattened shard, or shares memory
-            with another one.
+        ValueError: a hyperparameter is out of range, or a parameter is complex, quantized, a flattened shard, or shares
+            memory with another one.
 
     Example:
         >>> optimizer = AGRAdamW(agr_param_groups(model, weight_decay=0.01), lr=1e-3)

@@ -40,12 +40,8 @@ def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], given: Sequ
         params = group["params"]
         if len(params) != 1 or params[0].ndim != 1 or (references and params[0] is references[0]()):
             continue
-        if any(
-            hasattr(param, mark)
-            for reference in references
-            if (param := reference()) is not None
-            for mark in ZERO_MARKS
-        ):
+        before = [reference() for reference in references]
+        if any(hasattr(param, mark) for param in before for mark in ZERO_MARKS):
             raise RuntimeError(
                 f"{name} was given {len(references)} parameters in a group and finds one flat tensor of "
                 f"{params[0].numel()} elements now: DeepSpeed ZeRO has flattened the layers, and each layer's own gradient "

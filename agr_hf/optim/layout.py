@@ -68,8 +68,8 @@ def check_no_shared_memory(name: str, tensors: Sequence[Tensor]) -> None:
         for other in open_spans:
             if _overlap(other[2], span[2]):
                 raise ValueError(
-                    f"{name}: two parameters share memory, of shapes {tuple(other[2].shape)} and {tuple(span[2].shape)}, and "
-                    "the update of one would be lost; give the optimizer the one Parameter that both modules use (tie "
+                    f"{name}: two parameters share memory, of shapes {tuple(other[2].shape)} and {tuple(span[2].shape)}, "
+                    "and the update of one would be lost; give the optimizer the one Parameter that both modules use (tie "
                     "weights by `head.weight = embedding.weight`), or a copy"
                 )
         open_spans.append(span)

@@ -96,7 +96,8 @@ class Part:
     - `update(sums, scales)`: change parameters and state. Where `sums` is None (no clipping, no shards) the backend takes
       the norms itself.
 
-    `new` names the rows whose state is of this step. `scales` has, for each group, what its gradients are multiplied by: -1 to maximize, times the clipping factor.
+    `new` names the rows whose state is of this step. `scales` has, for each group, what its gradients are multiplied by: -1
+    to maximize, times the clipping factor.
     """
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
@@ -105,7 +106,7 @@ class Part:
         self.states = [optimizer.state[present.params[i]] for i in self.indices]
         self.live: list[bool] = []  # which rows have a gradient in this step
         self.norms: Sequence[Scalar] = []  # of each row in this step, where it was needed
-        device = present.locals[self.indices[0]].device
+        device = self.device = present.locals[self.indices[0]].device
         counted_on = device if rows[0].group["capturable"] else torch.device("cpu")
         self.steps = Column("step", self.states, torch.float32, counted_on)
         # A recorded step cannot ask whether it is the first of a tensor: that is read here, of state that was loaded.

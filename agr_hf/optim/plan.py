@@ -100,9 +100,9 @@ class Plan:
             is_native = all_on_host and native.serves(optimizer, row, present)
             if row.group["fused"] and not is_native:
                 raise RuntimeError(
-                    f"fused=True was given, but {type(optimizer).__name__} has no kernel for a gradient of "
-                    f"{present.local_grads[i].dtype} of a parameter of {present.locals[i].dtype}, or for their memory formats; "  # type: ignore[union-attr]
-                    "leave fused=None, and the fastest step there is takes it"
+                    f"fused=True was given, but {type(optimizer).__name__} has no kernel for a gradient or memory format "
+                    f"like that of a parameter of shape {tuple(present.params[i].shape)}; leave fused=None for the fastest step "
+                    "there is"
                 )
             device = present.locals[i].device
             parts.setdefault((is_native, device, row.group["capturable"]), []).append(row)

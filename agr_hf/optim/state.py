@@ -63,7 +63,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             held = local(state[key])
             if held.numel() and layout.view(held) is None:
                 if is_dtensor(state[key]):
-                    held.set_(layout.relaid(held))
+                    held.set_(layout.relaid(held))  # type: ignore[call-overload]
                 else:
                     state[key] = layout.relaid(held)
 
@@ -215,8 +215,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         # timm's Adopt has Adam's keys, of moments of another kind, and groups that say `decoupled` as AdaL's do.
         if missing or foreign & set(entry) or (foreign_groups and "decoupled" not in self.defaults):
             raise ValueError(
-                f"this state was saved by another optimizer: {name} needs {', '.join(needed)} for each parameter, and that of "
-                f"parameter {i} holds {', '.join(map(str, entry))}; start {name} afresh"
+                f"this state was saved by another optimizer: {name} needs {', '.join(needed)} for each parameter, and that "
+                f"of parameter {i} holds {', '.join(map(str, entry))}; start {name} afresh"
             )
         for key in ("step", *self.scalar_state):
             number = entry.get(key, 0.0)

@@ -1,8 +1,8 @@
 """The step that every optimizer of the package shares: one reduction, then one pass.
 
-A rule (agr_adam.py, adal.py, adan.py, acprop.py, nosadam.py) says only how a batch of gradients changes parameters and state.
-What is hard for all of them is done once: the plan of a step in plan.py, sums over tensors, shards and clipping here, low
-precision and memory formats in the backends, state and checkpoints in state.py.
+A rule (agr_adam.py, adal.py, adan.py, acprop.py, nosadam.py) says only how a batch of gradients changes parameters and
+state. What is hard for all of them is done once: the plan of a step in plan.py, sums over tensors, shards and clipping here,
+low precision and memory formats in the backends, state and checkpoints in state.py.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class StepOptimizer(StatefulOptimizer):
     # ---- the step
 
     def clip_next_step(self, max_norm: float) -> Tensor:
-        """Clip the global l2 norm of all gradients to `max_norm` in the next step only, as `clip_grad_norm_` before it would.
+        """Clip the global l2 norm of all gradients in the next step only, as `clip_grad_norm_` before it would.
 
         Args:
             max_norm: > 0; infinity measures and clips nothing. It takes the place of `max_grad_norm` in that step.
@@ -251,8 +251,8 @@ class StepOptimizer(StatefulOptimizer):
             )
         if grad.shape != param.shape:
             raise ValueError(
-                f"{name}: a gradient has the shape {tuple(grad.shape)} and its parameter {tuple(param.shape)}; the parameter "
-                "was changed since: compute the gradient anew"
+                f"{name}: a gradient has the shape {tuple(grad.shape)} and its parameter {tuple(param.shape)}; the "
+                "parameter was changed since: compute the gradient anew"
             )
         if param in self.state:
             self.check_shapes(param, self.state[param])

@@ -1,12 +1,13 @@
 """The backend of every device: a rule over lists of tensors, in batches.
 
-A rule is written once, as `StepOptimizer.update(batch)`, in the operations of `multi_tensor`. It sees aligned flat tensors in
-float32 or float64; memory formats, low precision, blocks and clipping are done here.
+A rule is written once, as `StepOptimizer.update(batch)`, in the operations of `multi_tensor`. It sees aligned flat tensors
+in float32 or float64; memory formats, low precision, blocks and clipping are done here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from agr_hf.optim.shards import Scalar, local, widest
 DEVICE_BLOCK = 4_194_304
 # A parameter's flat tensors: "param", "grad" and its state keys.
 Flats = dict[str, Tensor]
+# (target, source) pairs to copy after an update.
+Copies = list[tuple[Tensor, Tensor]]
 
 
 class Item:
@@ -108,15 +111,13 @@ class ListsPart(Part):
             param, grad = present.params[row.index], present.grads[row.index]
             self.optimizer.check_tensors(param, grad)
             held, layout = present.locals[row.index], Layout(present.locals[row.index])
-            if held.device != self.steps.vector.device and row.group["capturable"]:
-                return False
-            if held.is_cpu != (row.on_host or row.group["capturable"] and held.is_cpu):
+            if held.device != self.device:
                 return False
             self.optimizer.lay_state(param, layout, state)
             tensors = {key: local(state[key]) for key in self.optimizer.state_keys} if held.numel() else {}
             item = Item(row, held, present.local_grads[row.index], tensors, layout)
             item.scalars = {key: column.views[k] for key, column in self.scalars.items()}
-            item.is_first = self.first[k]
+            item.is_first = self.first[k]  # a recorded step cannot ask
             self.items.append(item)
         return True
 
@@ -139,17 +140,16 @@ class ListsPart(Part):
 
     def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
         if sums is None:
-            count = len(self.optimizer.plan.rows)
-            sums = Sums([0.0] * count, [])
+            sums = Sums([0.0] * (self.indices[-1] + 1), [])
             self.add_sums(sums, scales, squares=False, coupled_only=False)
         numbers = self.steps.vector
         # float64: 1 - 0.999^t loses four digits in float32.
         on_device = self.rows[0].group["capturable"]
         steps = numbers.to(widest(numbers.device)).unbind() if on_device else numbers.tolist()
-        live = iter(self.items)
-        for k, step in enumerate(steps):
-            if self.live[k]:
-                next(live).step = step
+        for item, step in zip(self.items, compress(steps, self.live), strict=True):
+            item.step = step
+            if not on_device:
+                item.is_first = step == 1
         for item in self.items:
             item.norm = sums.norms[item.row.index]
         self.norms = [sums.norms[row.index] for row in self.rows]
@@ -165,13 +165,11 @@ class ListsPart(Part):
         self.first = [first and not live for first, live in zip(self.first, self.live, strict=True)]
         self.items = []
 
-    def _batches(
-        self, items: Sequence[Item], scales: Sequence[Scalar]
-    ) -> Iterator[tuple[Batch, list[tuple[Tensor, Tensor]]]]:
+    def _batches(self, items: Sequence[Item], scales: Sequence[Scalar]) -> Iterator[tuple[Batch, Copies]]:
         """Cut tensors into batches of one group with their effective gradients.
 
-        The effective gradient is scale * grad, plus weight_decay * param where decay is L2. With each batch come the
-        (target, source) pairs to copy after the update: half-precision parameters are updated in a wide copy.
+        The effective gradient is scale * grad, plus weight_decay * param where decay is L2. Half-precision
+        parameters are updated in a wide copy, which is copied back after the update.
         """
         alike: dict[tuple[Any, ...], list[Item]] = {}
         for item in items:
@@ -213,12 +211,12 @@ def _cut(items: list[Item]) -> Iterator[list[tuple[Item, Flats]]]:
         yield pending
 
 
-def _batch(pieces: list[tuple[Item, Flats]], scale: Scalar) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
+def _batch(pieces: list[tuple[Item, Flats]], scale: Scalar) -> tuple[Batch, Copies]:
     items = [item for item, _ in pieces]
     dtype, group = items[0].dtype, items[0].group
     params = [flats["param"] for _, flats in pieces]
     grads = [flats["grad"] for _, flats in pieces]
-    written: list[tuple[Tensor, Tensor]] = []
+    written: Copies = []
     if params[0].dtype != dtype:
         wide = [param.to(dtype) for param in params]
         written = list(zip(params, wide, strict=True))
@@ -254,7 +252,7 @@ def _guard(items: Sequence[Item]) -> None:
     on_device = [item for item in items if not item.row.on_host]
     for item in items:
         if item.row.on_host:
-            item.psi = 0.0 < item.norm < float("inf")
+            item.psi = bool(0.0 < item.norm < float("inf"))
     for indices in by_device_and_dtype([item.norm for item in on_device]):  # type: ignore[misc]
         stacked = torch.stack([on_device[i].norm for i in indices])  # type: ignore[misc]
         usable = (stacked > 0) & (stacked < float("inf"))

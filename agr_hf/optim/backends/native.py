@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Collection, Sequence
-from itertools import chain
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from agr_hf.optim.part import Part, Present, Row, Sums
 from agr_hf.optim.shards import Scalar, local
 
 try:
-    from agr_hf.optim.backends import _native
+    from agr_hf.optim.backends import _native  # type: ignore[attr-defined]
 except ImportError as error:
     _native, WHY_NOT = None, str(error)
 else:
@@ -79,9 +79,20 @@ def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
         return False
     param, grad = present.locals[row.index], present.local_grads[row.index]
     tensors = [param] if grad is None else [param, grad]
-    if not row.on_host or any(type(t) not in TYPES or t.dtype not in DTYPES or not t.is_cpu for t in tensors):
+    if not row.on_host or not all(map(_is_plain, tensors)):
         return False
     return Layout(param).view(param) is not None and is_available()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its elements: not so where torch negates it, or takes it for zero, as it reads."""
+    return (
+        type(tensor) in TYPES
+        and tensor.is_cpu
+        and tensor.dtype in DTYPES
+        and not tensor.is_neg()
+        and not torch._is_zerotensor(tensor)
+    )
 
 
 class NativePart(Part):
@@ -124,6 +135,7 @@ class NativePart(Part):
         self.squares = array("d", bytes(8 * len(rows)))
         self.guard: Guard | None = None
         self.addresses = array("q")
+        self.params: list[Tensor] = []  # until the step is done, as `held`
         self.held: list[Tensor] = []
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
@@ -146,7 +158,7 @@ class NativePart(Part):
         elif not self.guard.check(*params, *chain(*states), *there):
             return False
         self.set_live(live)
-        self.held = []
+        self.params, self.held = params, []
         if self.copied or len(there) != len(grads):
             grads = list(grads)
             for k, layout in self.copied.items():
@@ -175,7 +187,9 @@ class NativePart(Part):
         if sums is not None:
             self.norms = array("d", [sums.norms[i] for i in self.indices])
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
-        self.held = []
+        # As every operation in place does: a backward through a graph that holds the old weights is an error.
+        torch.autograd.graph.increment_version(list(compress(self.params, self.live)))
+        self.params, self.held = [], []
 
     @torch._disable_dynamo  # torch.compile cannot trace C
     def _run(self, mode: int, classes: array[int], numbers: array[float]) -> None:
