@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ from agr_hf.optim.norms import add_over_shards, by_device_and_dtype, is_dtensor,
 from agr_hf.optim.work import Work, batches
 
 
-def reduce_norms(works: Sequence[Work], groups: Sequence[dict[str, Any]]) -> dict[int, Scalar]:
-    """Fill in `norm` and `square` of every tensor that needs them.
+def reduce_norms(
+    works: Sequence[Work], groups: Sequence[dict[str, Any]], request: tuple[float, Tensor] | None = None
+) -> dict[int, Scalar]:
+    """Fill in `norm` and `square` of every tensor that needs them, and the tensor of a `request` of `clip_next_step`.
 
     Sums of magnitudes and of squares travel in one vector: one collective a mesh (see `add_over_shards`). Only L2 decay with
     clipping takes a second: its norm is of a gradient that the first has to clip.
@@ -22,7 +25,7 @@ def reduce_norms(works: Sequence[Work], groups: Sequence[dict[str, Any]]) -> dic
     Returns:
         What the gradients of each group, by its id, are multiplied by: -1 to maximize, times the clipping factor.
     """
-    clipped = any(group["max_grad_norm"] is not None for group in groups)
+    clipped = request is not None or any(group["max_grad_norm"] is not None for group in groups)
     raw = [work for work in works if work.needs_norm and not work.coupled]
     summed = works if clipped else raw
     if clipped and any(is_dtensor(work.whole) and work.whole.device_mesh.get_coordinate() is None for work in works):  # type: ignore[attr-defined]
@@ -35,7 +38,11 @@ def reduce_norms(works: Sequence[Work], groups: Sequence[dict[str, Any]]) -> dic
         rows = add_over_shards(rows, [work.whole for work in summed])
         for i, work in enumerate(summed):
             work.norm, work.square = rows[0][i], rows[-1][i]
-    scales = {id(group): _scale(group, works) for group in groups}
+    total = _total_norm(works) if clipped else None
+    if request is not None and total is not None:
+        request[1].copy_(total)
+    limit = math.inf if request is None else request[0]
+    scales = {id(group): _scale(group, works, total, limit) for group in groups}
     for work in raw:
         scale = scales[id(work.group)]
         if isinstance(scale, Tensor):
@@ -70,15 +77,21 @@ def _reduce_coupled(works: Sequence[Work], groups: Sequence[dict[str, Any]], sca
         work.norm = norm
 
 
-def _scale(group: dict[str, Any], works: Sequence[Work]) -> Scalar:
+def _total_norm(works: Sequence[Work]) -> Tensor:
+    """The l2 norm of all gradients of the optimizer."""
+    device = works[0].grad.device
+    return torch.stack([work.square.to(device) for work in works]).sum().sqrt()
+
+
+def _scale(group: dict[str, Any], works: Sequence[Work], total: Tensor | None, limit: float) -> Scalar:
     """The factor of `torch.nn.utils.clip_grad_norm_` over all gradients of the optimizer, with the sign of the step."""
     sign = -1.0 if group["maximize"] else 1.0
-    if group["max_grad_norm"] is None:
+    if group["max_grad_norm"] is not None:
+        limit = min(limit, group["max_grad_norm"])
+    if total is None or math.isinf(limit):
         return sign
-    device = works[0].grad.device
-    total = torch.stack([work.square.to(device) for work in works]).sum().sqrt()
     # clamp, not min: like torch's, a NaN norm makes every gradient NaN.
-    factor = (group["max_grad_norm"] / (total + 1e-6)).clamp(max=1.0)
+    factor = (limit / (total + 1e-6)).clamp(max=1.0)
     return sign * (factor.item() if all(work.on_host for work in works) else factor)
 
 

@@ -7,6 +7,7 @@ L2 decay, late parameters, checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,8 @@ class StepOptimizer(torch.optim.Optimizer):
     uses_norms = False
     fused_devices: tuple[str, ...] = ()
     betas_count = 2
+    # What `clip_next_step` asked for, until the step: the limit, and the tensor that gets the norm. Not part of the state.
+    _clip_request: tuple[float, Tensor] | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # Of each group as it was made: how many matrices, and which vectors.
@@ -107,6 +110,31 @@ class StepOptimizer(torch.optim.Optimizer):
 
     # ---- the step
 
+    def clip_next_step(self, max_norm: float) -> Tensor:
+        """Clip the global l2 norm of all gradients to `max_norm` in the next step only, as clip_grad_norm_ before it would.
+
+        `.grad` is not changed. Where a group has a `max_grad_norm`, the smaller limit counts. Of several calls before a step
+        the last one counts.
+
+        Args:
+            max_norm: > 0; math.inf measures only.
+
+        Returns:
+            0-dim float32 tensor on the device of the first parameter: NaN until the next step fills it with the norm found
+            before clipping.
+
+        Raises:
+            ValueError: `max_norm` is no number > 0.
+        """
+        if not max_norm > 0:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm={max_norm!r} is not allowed; it must be a number > 0, or inf to measure"
+            )
+        first = next(param for group in self.param_groups for param in group["params"])
+        norm = torch.full((), math.nan, dtype=torch.float32, device=local(first).device)
+        self._clip_request = (float(max_norm), norm)
+        return norm
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient.
@@ -128,8 +156,11 @@ class StepOptimizer(torch.optim.Optimizer):
         check_not_flattened(type(self).__name__, self.param_groups, self._made_with)
         self._check_gradients()
         works = [work for group in self.param_groups for work in self._collect(group)]
+        request, self._clip_request = self._clip_request, None
+        if request is not None and not works:
+            request[1].zero_()
         if works:
-            scales = reduce_norms(works, self.param_groups)
+            scales = reduce_norms(works, self.param_groups, request)
             for group in self.param_groups:
                 mine = [work for work in works if work.group is group]
                 for batch, written in batches(mine, scales[id(group)]):
