@@ -254,6 +254,19 @@ def test_trainers_own_clipping_stays(kind, limit, tmp_path, clips):
     assert all(norm > LIMIT for norm in norms_of(trainer))
 
 
+def test_a_norm_that_somebody_asks_for_in_between_does_not_undo_the_clipping(tmp_path, clips):
+    class Asks(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            assert ours._get_grad_norm(kwargs["model"]) > LIMIT
+
+    ours = job(tmp_path, callbacks=[Asks()])
+    ours.train()
+    assert clips == {"in": STEPS, "before": STEPS}  # those before it are Asks' own, and clip nothing
+    own = job(tmp_path, ClipsItself)
+    own.train()
+    assert_same_training(ours, own)
+
+
 def test_ours_made_by_hand_clips_in_its_step(tmp_path, clips):
     trainer = with_optimizer(lambda model: AGRAdamW(model.parameters(), lr=1e-3))(tmp_path)
     trainer.train()
