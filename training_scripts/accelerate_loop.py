@@ -3,9 +3,9 @@
     python training_scripts/accelerate_loop.py --optim agr_adamw --output_dir runs/digits
     torchrun --nproc_per_node 2 training_scripts/accelerate_loop.py --cpu --optim adal --output_dir runs/digits
 
-What each line is for: accumulation (`accelerator.accumulate`), clipping of complete gradients only (`sync_gradients`),
-mixed precision (the scaler unscales before clipping, and skips steps with infinities), EMA of the weights, suspension of
-AGR, and checkpoints that a kill cannot break.
+What each line is for: accumulation (`accelerator.accumulate`), clipping of complete gradients only (`sync_gradients`), by
+the optimizer inside its step (`clip_grad_norm_`), mixed precision (the scaler unscales before clipping, and skips steps
+with infinities), EMA of the weights, suspension of AGR, and checkpoints that a kill cannot break.
 """
 
 import argparse
@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.integrations.accelerate import Progress, batches_of_epoch, ema_of, load_checkpoint, save_checkpoint
+from agr_hf.integrations.accelerate import (
+    Progress,
+    batches_of_epoch,
+    clip_grad_norm_,
+    ema_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from agr_hf.tasks.digits import digits_model, load_digits
 
 
@@ -82,7 +89,7 @@ def main(argv=None):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    clip_grad_norm_(accelerator, optimizer, model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()

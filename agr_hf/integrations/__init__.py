@@ -10,6 +10,8 @@ def register() -> None:
     `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm lists names without underscores, and this function takes
     both. Call it in every process that parses such names. May be called again: nothing is added twice.
 
+    Trainer's clipping moves into the step of these optimizers, where it is the same there (docs/integrations.md).
+
     Raises:
         RuntimeError: this version of transformers or timm has no place for it; the message names the public route.
     """

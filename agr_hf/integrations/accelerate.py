@@ -1,4 +1,4 @@
-"""Accelerate loops: checkpoints that survive a kill, and an average of the weights."""
+"""Accelerate loops: checkpoints that survive a kill, an average of the weights, and clipping inside the step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agr_hf.files import write_text
 from agr_hf.integrations.checkpoints import folder_fault, newest_complete, numbered_checkpoints
+from agr_hf.integrations.clipping import clip_in_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,6 +74,29 @@ def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
     if not 0 <= decay < 1:
         raise ValueError(f"ema: decay={decay!r} is not allowed; it must be a number >= 0 and < 1")
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def clip_grad_norm_(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
+) -> torch.Tensor:
+    """`accelerator.clip_grad_norm_` that an optimizer of the package does inside its next step, without a pass of its own.
+
+    For any other optimizer, for parameters with gradients that are not exactly the optimizer's, and under DeepSpeed, FSDP1
+    and other kinds of distribution it is `accelerator.clip_grad_norm_` itself. Call it where that is called: after the last
+    backward before the step.
+
+    Args:
+        accelerator: the one that prepared `optimizer`.
+        optimizer: prepared, or one that needs no preparation.
+        parameters: those to clip, such as `model.parameters()`.
+        max_norm: > 0; math.inf measures only.
+
+    Returns:
+        The norm before clipping, a 0-dim tensor. Inside the step it is NaN until `optimizer.step()`: read it afterwards.
+    """
+    parameters = list(parameters)
+    norm = clip_in_step(accelerator, optimizer, parameters, max_norm)
+    return accelerator.clip_grad_norm_(parameters, max_norm) if norm is None else norm
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str], step: int, keep: int = 2) -> None:

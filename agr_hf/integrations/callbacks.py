@@ -104,7 +104,9 @@ class GradientStatistics(TrainerCallback):
     `agr_hf.optim.statistics.GradientSummary`. They ride on Trainer's next log entry, so they reach `log_history` and
     whatever `report_to` names; the console shows the overall ones. Several measurements between two entries are logged as
     their mean, of the largest share as the maximum, and `gradients/overall/measurements` says how many they were. Gradients
-    are measured as the optimizer gets them, after clipping; effect and shares do not depend on their scale.
+    are measured as they are before the optimizer's step: before clipping where the step clips, and after it where Trainer
+    does (docs/integrations.md, "Clipping"). Effect, shares and `log_std` do not depend on their scale; `l1_norm` and
+    `log_mean` do.
 
         trainer = Trainer(...)
         GradientStatistics(every=100).attach(trainer)

@@ -1,22 +1,35 @@
-"""Every touch of a private attribute of transformers or timm.
+"""Every touch of a private attribute of transformers, timm or torch's optimizers and loss scalers.
 
-Neither library has a public registry for Trainer's optimizer names, or a place where timm shows an optimizer the model.
-What is relied on here is checked first; where a version lacks it, a sentence names the route that needs nothing private.
+There is no public registry for Trainer's optimizer names, no place where timm shows an optimizer the model, and none where
+Trainer lets an optimizer clip. What is relied on here is checked first; where a version lacks it, a sentence names the route
+that needs nothing private, or Trainer goes on clipping by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 TRAINER_ROUTE = (
     "use the public route instead: Trainer(optimizer_cls_and_kwargs=agr_hf.integrations.trainer.trainer_optimizer("
     "'agr_adamw', args))"
 )
 TIMM_ROUTE = "use the public route instead: agr_hf.create_optimizer('agr_adamw', model, lr=...)"
+# Trainer's methods that clip gradients and measure their norm, with the parameters that they have.
+TRAINER_CLIPPING = {"_clip_grad_norm": ["self", "model"], "_get_grad_norm": ["self", "model", "grad_norm"]}
 
 
 def add_trainer_optimizer(name: str, handler: Callable[[Any], tuple[Any, dict[str, Any]]]) -> None:
@@ -67,6 +80,67 @@ def trainer_decay_names(model: torch.nn.Module) -> set[str]:
         return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     except (AttributeError, TypeError) as error:
         raise RuntimeError(_missing("transformers", "Trainer.get_decay_parameter_names", TRAINER_ROUTE)) from error
+
+
+def move_trainer_clipping(clip_in_step: Callable[[Any, Any, Iterable[Tensor], float], Tensor | None]) -> None:
+    """Let Trainer ask `clip_in_step(accelerator, optimizer, parameters, max_norm)` before it clips or measures gradients.
+
+    Where it returns a tensor, that is the norm, and Trainer takes no pass of its own; Trainer reads it when it logs, after
+    the step. A trainer with a `_clip_grad_norm` or `_get_grad_norm` of its own is left alone: it may read the norm, or the
+    clipped gradients, at once. May be called again: nothing is wrapped twice.
+    """
+    from transformers import Trainer
+
+    methods: list[Any] = [vars(Trainer).get(name) for name in TRAINER_CLIPPING]
+    # Not __module__: a wrapper of another library has that of what it wraps.
+    homes = {getattr(method, "__globals__", {}).get("__name__") for method in methods}
+    if homes == {__name__}:
+        return
+    parameters = [list(inspect.signature(method).parameters) for method in methods if callable(method)]
+    if homes != {"transformers.trainer"} or parameters != list(TRAINER_CLIPPING.values()):
+        logger.warning(
+            "Trainer clips gradients by itself, in a pass before the optimizer's step: %s of transformers %s are not the "
+            "methods that agr_hf knows (another version, or changed by another library)",
+            " and ".join(TRAINER_CLIPPING),
+            version("transformers"),
+        )
+        return
+    own_clip, own_measure = methods
+
+    def clip(trainer: Trainer, model: torch.nn.Module, max_norm: float) -> Tensor | None:
+        found = [getattr(getattr(trainer, name), "__func__", None) for name in TRAINER_CLIPPING]
+        if found != [_clip_grad_norm, _get_grad_norm]:
+            return None
+        return clip_in_step(trainer.accelerator, trainer.optimizer, model.parameters(), max_norm)
+
+    @functools.wraps(own_clip)
+    def _clip_grad_norm(self: Trainer, model: torch.nn.Module) -> Any:
+        norm = clip(self, model, self.args.max_grad_norm)
+        return own_clip(self, model) if norm is None else norm
+
+    @functools.wraps(own_measure)
+    def _get_grad_norm(self: Trainer, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # With a limit the gradients were clipped before, and a request must not be replaced by one to measure.
+        if grad_norm is None and self.args.max_grad_norm <= 0:
+            grad_norm = clip(self, model, math.inf)
+        return own_measure(self, model, grad_norm=grad_norm)
+
+    Trainer._clip_grad_norm, Trainer._get_grad_norm = _clip_grad_norm, _get_grad_norm  # type: ignore[method-assign]
+
+
+def has_step_pre_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anything is called before the optimizer's step; true where this torch does not say."""
+    return bool(getattr(optimizer, "_optimizer_step_pre_hooks", True))
+
+
+def knows_overflow(scaler: Any) -> bool:
+    """Whether a loss scaler can be asked `overflowed`."""
+    return hasattr(scaler, "_found_inf_per_device")
+
+
+def overflowed(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a loss scaler, having unscaled the gradients, will skip the step. It reads the same flags a moment later."""
+    return any(flag.item() for flag in scaler._found_inf_per_device(optimizer).values())
 
 
 def timm_registry() -> Any:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import resolve_checkpoint
+from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
 from agr_hf.optim.shards import is_dtensor
@@ -34,7 +35,11 @@ FIELDS = {"params", "lr", "betas", "eps", "weight_decay"}
 
 
 def register() -> None:
-    """Add the package's names to Trainer, and those of torch's that are free there; see `agr_hf.register`."""
+    """Add the package's names to Trainer, and those of torch's that are free there; see `agr_hf.register`.
+
+    Trainer's clipping moves into the step of the package's optimizers, where that is the same.
+    """
+    private.move_trainer_clipping(clip_in_step)
     for info in OPTIMIZERS.values():
         if info.name not in TRAINERS_OWN:
             private.add_trainer_optimizer(info.name, _handler(info))
@@ -83,9 +88,10 @@ class OptimizerFactory:
 def trainer_optimizer(
     name: str, args: TrainingArguments, **options: Any
 ) -> tuple[type[OptimizerFactory], dict[str, Any]]:
-    """For `Trainer(optimizer_cls_and_kwargs=...)`: an optimizer by name, through public interfaces only.
+    """For `Trainer(optimizer_cls_and_kwargs=...)`: an optimizer by name, which needs public interfaces only.
 
-    Learning rate, betas, epsilon and weight decay come from `args`, as for `--optim`; `options` win over them. The model
+    Clipping moves into its step as with `agr_hf.register`, and stays with Trainer where this transformers has no place for
+    it. Learning rate, betas, epsilon and weight decay come from `args`, as for `--optim`; `options` win over them. The model
     card that Trainer writes names `args.optim` whatever runs: after `agr_hf.register()`, `optim=name` is named right.
 
     Args:
@@ -99,6 +105,7 @@ def trainer_optimizer(
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("agr_adamw", args, agr_steps=1000), ...)
     """
+    private.move_trainer_clipping(clip_in_step)
     info = optimizer_info(name)
     unknown = set(options) - set(inspect.signature(info.cls).parameters)
     if unknown:

@@ -101,8 +101,8 @@ class Plan:
             if row.group["fused"] and not is_native:
                 raise RuntimeError(
                     f"fused=True was given, but {type(optimizer).__name__} has no kernel for a gradient or memory format "
-                    f"like that of a parameter of shape {tuple(present.params[i].shape)}; leave fused=None for the fastest step "
-                    "there is"
+                    f"like that of a parameter of shape {tuple(present.params[i].shape)}; leave fused=None for the fastest "
+                    "step there is"
                 )
             device = present.locals[i].device
             parts.setdefault((is_native, device, row.group["capturable"]), []).append(row)

@@ -7,6 +7,7 @@ low precision and memory formats in the backends, state and checkpoints in state
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -83,7 +84,7 @@ class StepOptimizer(StatefulOptimizer):
     def _reset(self) -> None:
         """What is not part of the state: it is found anew."""
         self.plan: Plan | None = None
-        self._armed: tuple[float, Tensor] | None = None
+        self._clip_request: tuple[float, Tensor] | None = None  # of `clip_next_step`: the limit, and what gets the norm
         # Of each group as it was given: its parameters, to see where an engine replaced them.
         self._given_params: list[list[Any]] = []
 
@@ -143,15 +144,27 @@ class StepOptimizer(StatefulOptimizer):
     def clip_next_step(self, max_norm: float) -> Tensor:
         """Clip the global l2 norm of all gradients in the next step only, as `clip_grad_norm_` before it would.
 
+        `.grad` is not changed. Where a group has a `max_grad_norm`, the smaller limit counts. Of several calls before a step
+        the last one counts.
+
         Args:
-            max_norm: > 0; infinity measures and clips nothing. It takes the place of `max_grad_norm` in that step.
+            max_norm: > 0; math.inf measures only.
 
         Returns:
-            A 0-dim float32 tensor on the device of the first parameter; the step writes the norm before clipping into it.
+            A 0-dim float32 tensor on the device of the first parameter: NaN until the next step fills it with the norm found
+            before clipping.
+
+        Raises:
+            ValueError: `max_norm` is no number > 0.
         """
-        found = torch.zeros((), dtype=torch.float32, device=local(self.param_groups[0]["params"][0]).device)
-        self._armed = (max_norm, found)
-        return found
+        if not max_norm > 0:
+            raise ValueError(
+                f"{type(self).__name__}: max_norm={max_norm!r} is not allowed; it must be a number > 0, or inf to measure"
+            )
+        device = local(self.param_groups[0]["params"][0]).device
+        norm = torch.full((), math.nan, dtype=torch.float32, device=device)
+        self._clip_request = (float(max_norm), norm)
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -173,19 +186,18 @@ class StepOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_graph_capture(self)
-        armed, self._armed = self._armed, None
-        limits = [group["max_grad_norm"] if armed is None else armed[0] for group in self.param_groups]
-        clipping = any(limit is not None for limit in limits)
+        request, self._clip_request = self._clip_request, None
+        limits = [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in self.param_groups]
+        limits = limits if request is None else [min(limit, request[0]) for limit in limits]
+        clipping = request is not None or min(limits) < math.inf
         plan = self._look(clipping)
-        if not plan.parts and not plan.meshes:
-            return loss
         signs: list[Scalar] = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
         # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
         sums, scales = None, signs
         if clipping or plan.meshes:
-            sums, scales, norm = self._reduce(plan, signs, limits)
-            if armed is not None:
-                armed[1].fill_(norm)
+            sums, scales, norm = self._reduce(plan, signs, limits, clipping)
+            if request is not None:
+                request[1].fill_(norm)
         for part in plan.parts:
             if any(part.live):
                 part.update(sums, scales)
@@ -213,14 +225,13 @@ class StepOptimizer(StatefulOptimizer):
         return self.plan
 
     def _reduce(
-        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float | None]
+        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], clipping: bool
     ) -> tuple[Sums, list[Scalar], Scalar]:
         """Sums over all tensors and ranks, what the gradients of each group are multiplied by, and the global norm.
 
         Sums of magnitudes and of squares travel in one vector: one collective a mesh (see `add_over_shards`). Only L2 decay
         with clipping takes a second: its norm is of a gradient that the first has to clip.
         """
-        clipping = any(limit is not None for limit in limits)
         sums = Sums([0.0] * len(plan.rows), [0.0] * len(plan.rows))
         for part in plan.parts:
             part.add_sums(sums, signs, squares=clipping, coupled_only=False)
@@ -229,9 +240,7 @@ class StepOptimizer(StatefulOptimizer):
         if not clipping:
             return sums, list(signs), 0.0
         norm = _root_of_sum(sums.squares)
-        scales = [
-            sign if limit is None else sign * _factor(limit, norm) for sign, limit in zip(signs, limits, strict=True)
-        ]
+        scales = [sign * _factor(limit, norm) for sign, limit in zip(signs, limits, strict=True)]
         for i in early:
             sums.norms[i] = sums.norms[i] * abs(scales[plan.rows[i].group_index])
         late = [row.index for row in plan.rows if row.needs_norm and row.adds_decay]
@@ -268,6 +277,8 @@ def _root_of_sum(squares: Sequence[Scalar]) -> Scalar:
 
 def _factor(limit: float, norm: Scalar) -> Scalar:
     """What `torch.nn.utils.clip_grad_norm_` multiplies with. A NaN norm makes every gradient NaN, as there."""
+    if limit == math.inf:
+        return 1.0
     factor = limit / (norm + 1e-6)
     if isinstance(factor, Tensor):
         return factor.clamp(max=1.0)
