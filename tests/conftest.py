@@ -4,10 +4,19 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import multiprocessing
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Tests that are of several processes have them forked by a server that has imported this, which takes longest, once.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.trainer", "agr_hf.tasks.digits"]
+)
 
 # No deadline: machines that run tests are shared.
 settings.register_profile("agr_hf", deadline=None)
