@@ -7,8 +7,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
 
+# Two workers, of which one that is done takes over tests of the other.
+TEST := python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/$(TEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -18,7 +21,7 @@ lint: $(VENV)/installed
 # In an environment of its own, .venv-oldest.
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-oldest/bin/$(TEST)
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

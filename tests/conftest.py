@@ -1,13 +1,25 @@
 import os
+import tempfile
 
 # Before torch is imported: the tests must give the same bits wherever they run.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="agr-hf-tests-")  # not the user's, nor that of another worker
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import multiprocessing
+import shutil
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Tests that are of several processes have them forked by a server that has imported this, which takes longest, once.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.trainer", "agr_hf.tasks.digits"]
+)
 
 # No deadline: machines that run tests are shared.
 settings.register_profile("agr_hf", deadline=None)
@@ -25,3 +37,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: none here; run `make test-gpu` where one is"))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -1,10 +1,9 @@
-"""A training that a test kills: `python killed_job.py FOLDER`. Says when it begins, and writes its end as safetensors."""
+"""A training that a test kills: says through a pipe when it begins, and writes its end as safetensors."""
 
-import sys
 import time
-from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from small import arguments, small_model, trainer_of
 from transformers import TrainerCallback
 
@@ -17,18 +16,21 @@ STEPS = 240
 
 
 class Slow(TrainerCallback):
+    def __init__(self, pipe):
+        self.pipe = pipe
+
     def on_train_begin(self, *args, **kwargs):
-        print("training", flush=True)
+        self.pipe.send("training")
 
     def on_step_end(self, *args, **kwargs):
         time.sleep(0.01)
 
 
-def run(folder):
+def run(folder, pipe):
     torch.set_num_threads(1)
     agr_hf.register()
     args = arguments(
-        folder,
+        folder / "run",
         optim="agr_adamw",
         max_steps=STEPS,
         lr_scheduler_type="cosine",
@@ -41,15 +43,7 @@ def run(folder):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    callbacks = [Slow(), SuspendAGR(at_epoch=20), SaveOptimizerState()]
+    callbacks = [Slow(pipe), SuspendAGR(at_epoch=20), SaveOptimizerState()]
     train(trainer_of(model, args, callbacks=callbacks), "latest")
-    return model
-
-
-if __name__ == "__main__":
-    from safetensors.torch import save_file
-
-    folder = Path(sys.argv[1])
-    trained = run(folder / "run")
     with replaced_file(folder / "end.safetensors") as temporary:
-        save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, temporary)
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)

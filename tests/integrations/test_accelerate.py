@@ -1,14 +1,12 @@
 """The example loop: resumed bits, two processes against one, loss scaling."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, debug_launcher
+from launching import exit_code, run_module
 from safetensors.torch import load
 
 from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
@@ -144,49 +142,48 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-50", "checkpoint-500"]
 
 
-def torchrun(processes, folder, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, LOOP]
-    command += ["--output_dir", folder, "--cpu", "--num_train_epochs", 2, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return {name: load((Path(folder) / name / "model.safetensors").read_bytes()) for name in ("model", "ema")}
+def by_torchrun(arguments, log):
+    run_module("torch.distributed.run", ["--standalone", "--nproc_per_node", 2, LOOP, *arguments], log)
 
 
-@pytest.mark.parametrize("name", ["agr_adamw", "adal"])
-def test_two_processes_equal_one_with_the_doubled_batch(name, tmp_path):
+def loop_here(arguments):
+    runpy.run_path(str(LOOP))["main"](arguments)
+
+
+def by_debug_launcher(arguments, log):
+    assert exit_code(debug_launcher, loop_here, (list(map(str, arguments)),)) == 0
+
+
+@pytest.mark.parametrize(("name", "launch"), [("agr_adamw", by_torchrun), ("adal", by_debug_launcher)])
+def test_two_processes_equal_one_with_the_doubled_batch(name, launch, tmp_path):
     """DDP over gloo with accumulation 2. Not to the bit: means of means round otherwise, 1e-7 a step, and Adam turns the
     sign of a gradient near zero into a step of lr; 2e-3 * 16 steps is the largest move, and 1% of it the tolerance."""
     options = ["--optim", name, "--gradient_accumulation_steps", 2, "--learning_rate", 2e-3]
-    two = torchrun(2, tmp_path / "two", *options, "--per_device_train_batch_size", 16)
-    one = torchrun(1, tmp_path / "one", *options, "--per_device_train_batch_size", 32)
-    for key, value in one["model"].items():
-        torch.testing.assert_close(two["model"][key], value, rtol=0, atol=0.01 * 2e-3 * 16)
+    own = ["--output_dir", tmp_path / "two", "--cpu", "--num_train_epochs", 2, "--per_device_train_batch_size", 16]
+    launch([*options, *own], tmp_path / "log")
+    two = load((tmp_path / "two/model/model.safetensors").read_bytes())
+    one = loop(tmp_path / "one", *options, "--per_device_train_batch_size", 32)["model"]
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=0.01 * 2e-3 * 16)
+
+
+def loop_in_a_notebook():
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    model, optimizer = accelerator.prepare(model, create_optimizer("agr_adamw", model, lr=0.1))
+    torch.manual_seed(accelerator.process_index)
+    for _ in range(3):
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.randn(4, 3)).square().sum())
+        optimizer.step()
+    weights = accelerator.gather(accelerator.unwrap_model(model).weight.detach()[None])
+    assert torch.equal(weights[0], weights[1])
 
 
 def test_debug_launcher_runs_a_loop_in_two_processes():
-    code = (
-        "import torch\n"
-        "from accelerate import Accelerator, debug_launcher\n"
-        "from agr_hf import create_optimizer\n"
-        "def loop():\n"
-        "    accelerator = Accelerator(cpu=True)\n"
-        "    assert accelerator.num_processes == 2\n"
-        "    torch.manual_seed(0)\n"
-        "    model = torch.nn.Linear(3, 2)\n"
-        "    model, optimizer = accelerator.prepare(model, create_optimizer('agr_adamw', model, lr=0.1))\n"
-        "    torch.manual_seed(accelerator.process_index)\n"
-        "    for _ in range(3):\n"
-        "        optimizer.zero_grad()\n"
-        "        accelerator.backward(model(torch.randn(4, 3)).square().sum())\n"
-        "        optimizer.step()\n"
-        "    weights = accelerator.gather(accelerator.unwrap_model(model).weight.detach()[None])\n"
-        "    assert torch.equal(weights[0], weights[1])\n"
-        "debug_launcher(loop, num_processes=2)\n"
-        "print('done')\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert run.stdout.strip().endswith("done"), run.stderr[-3000:]
+    assert exit_code(debug_launcher, loop_in_a_notebook) == 0
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,39 +1,29 @@
 """kill -9 at random moments, saving included: the resumed run ends with the bits of the run never killed."""
 
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import killed_job
 import pytest
 import torch
 from safetensors.torch import load
 
 from agr_hf.integrations.checkpoints import checkpoint_fault
 
-HERE = Path(__file__).parent
 SEED = 20260
 
 
 def start(folder):
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    return subprocess.Popen(
-        [sys.executable, HERE / "killed_job.py", folder],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-
-
-def wait_for_training(process):
-    for line in process.stdout:
-        if line.strip() == "training":
-            return
-    raise AssertionError(f"the job ended with {process.wait()} before it trained")
+    """The process of a job, which has begun to train."""
+    processes = multiprocessing.get_context("forkserver")
+    begun, told = processes.Pipe(duplex=False)
+    process = processes.Process(target=killed_job.run, args=(folder, told))
+    process.start()
+    told.close()
+    assert begun.recv() == "training"
+    return process
 
 
 def unfinished(run):
@@ -43,7 +33,7 @@ def unfinished(run):
 def wait_for_a_save(process, run, known):
     """Until a checkpoint that was not there before is being written."""
     deadline = time.monotonic() + 30
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if set(unfinished(run)) - known:
             return
         time.sleep(0.0005)
@@ -51,28 +41,28 @@ def wait_for_a_save(process, run, known):
 
 def survive(tmp_path, kills):
     whole = start(tmp_path / "whole")
-    wait_for_training(whole)
-    assert whole.wait() == 0
+    whole.join()
+    assert whole.exitcode == 0
     random.seed(SEED)
     folder = tmp_path / "killed"
     while_saving, broken, done = 0, 0, 0
     while done < kills:
         process = start(folder)
-        wait_for_training(process)
         if done % 2:
             wait_for_a_save(process, folder / "run", set(unfinished(folder / "run")))
             time.sleep(random.uniform(0, 0.02))
         else:
             time.sleep(random.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the job ended before it was killed: give it more steps"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the job ended before it was killed: give it more steps"
         faults = [checkpoint_fault(p) for p in (folder / "run").glob("checkpoint-*")]
         while_saving += done % 2
         broken += any(faults)
         done += 1
     last = start(folder)
-    wait_for_training(last)
-    assert last.wait() == 0
+    last.join()
+    assert last.exitcode == 0
     one, other = (load((tmp_path / name / "end.safetensors").read_bytes()) for name in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     print(f"{done} kills (seed {SEED}), {while_saving} of them aimed at a save, {broken} left a broken checkpoint")

@@ -17,7 +17,8 @@ WORLD = 2
 
 
 def spawn(check, tmp_path, world=WORLD):
-    torch.multiprocessing.spawn(run, args=(check, str(tmp_path / "store"), world), nprocs=world)
+    arguments = (check, str(tmp_path / "store"), world)
+    torch.multiprocessing.start_processes(run, arguments, nprocs=world, start_method="forkserver")
 
 
 def run(rank, check, store, world):

@@ -218,8 +218,12 @@ def test_small_images_keep_enough_pixels_and_the_model_reloads(name, tmp_path):
 
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(again(pixel_values=images).logits, logits)
+    assert model.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    with (
+        torch.no_grad()
+    ):  # equal weights at other addresses are added up in another order: 7e-7 for one of the networks
+        torch.testing.assert_close(again(pixel_values=images).logits, logits, rtol=1e-5, atol=1e-5)
     assert again.config.id2label[3] == "3"
 
 

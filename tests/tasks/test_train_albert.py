@@ -12,7 +12,7 @@ from transformers import AlbertForPreTraining, AutoTokenizer, TrainerCallback
 from agr_hf import list_optimizers
 from agr_hf.integrations.checkpoints import latest_checkpoint
 from agr_hf.tasks.sentence_order import PretrainingCollator, SentenceChunks
-from agr_hf.tasks.text import EMBEDDED, load_articles
+from agr_hf.tasks.text import EMBEDDED, load_articles, train_tokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 SIZES = "--hidden_size 64 --num_hidden_layers 1 --intermediate_size 128 --embedding_size 64 --max_seq_length 64"
@@ -27,6 +27,14 @@ def script(monkeypatch):
     import train_albert
 
     return train_albert
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """One of 300 pieces for runs that may have any; training it takes longer than they do."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(load_articles(EMBEDDED, "train"), 300).save_pretrained(folder)
+    return f"--tokenizer_name {folder}"
 
 
 def arguments(folder, *words):
@@ -104,7 +112,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_bits_of_a_whole_o
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_masks_differ_from_epoch_to_epoch_in_training(script, tmp_path, monkeypatch):
+def test_masks_differ_from_epoch_to_epoch_in_training(script, tokenizer, tmp_path, monkeypatch):
     seen = []
     call = PretrainingCollator.pair
 
@@ -113,10 +121,8 @@ def test_masks_differ_from_epoch_to_epoch_in_training(script, tmp_path, monkeypa
         return call(self, item)
 
     monkeypatch.setattr(PretrainingCollator, "pair", pair)
-    words = (
-        "--vocab_size 300 --num_train_epochs 2 --max_train_samples 16 --max_eval_samples 1 --eval_strategy no --seed 7"
-    )
-    script.main(arguments(tmp_path, TINY, words, "--save_strategy no"))
+    words = "--num_train_epochs 2 --max_train_samples 16 --max_eval_samples 1 --eval_strategy no --seed 7"
+    script.main(arguments(tmp_path, TINY, tokenizer, words, "--save_strategy no"))
     assert sorted(key for key in seen if key.startswith("7 ")) == sorted(
         f"7 {e} {i}" for e in range(2) for i in range(16)
     )
@@ -124,11 +130,9 @@ def test_masks_differ_from_epoch_to_epoch_in_training(script, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", [*list_optimizers(), "adafactor"])
-def test_every_optimizer_runs(script, name, tmp_path):
-    words = (
-        f"--vocab_size 300 --max_steps 2 --max_train_samples 16 --max_eval_samples 4 --optim {name} --save_strategy no"
-    )
-    metrics = script.main(arguments(tmp_path, TINY, words, "--max_seq_length 32"))
+def test_every_optimizer_runs(script, name, tokenizer, tmp_path):
+    words = f"--max_steps 2 --max_train_samples 16 --max_eval_samples 4 --optim {name} --save_strategy no"
+    metrics = script.main(arguments(tmp_path, TINY, tokenizer, words, "--max_seq_length 32"))
     assert metrics["mlm_loss"] < 7
     assert json.loads((tmp_path / "results.json").read_text())["optimizer"] == name
 
@@ -176,9 +180,9 @@ def test_albert_base_has_the_published_number_of_parameters(script, tmp_path):
         ("--max_train_samples 0", "0 samples are not allowed"),
     ],
 )
-def test_bad_inputs_are_sentences(script, words, sentence, tmp_path):
+def test_bad_inputs_are_sentences(script, words, sentence, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        script.main(arguments(tmp_path, TINY, "--vocab_size 300", words))
+        script.main(arguments(tmp_path, TINY, tokenizer, words))
 
 
 def test_an_unknown_recipe_is_answered_with_the_names(script, tmp_path, capsys):
@@ -187,9 +191,9 @@ def test_an_unknown_recipe_is_answered_with_the_names(script, tmp_path, capsys):
     assert "agr-albert, agr-albert-authors, albert-base" in capsys.readouterr().err
 
 
-def test_a_run_resumes_to_the_bit_from_the_last_step_of_an_epoch(script, tmp_path):
+def test_a_run_resumes_to_the_bit_from_the_last_step_of_an_epoch(script, tokenizer, tmp_path):
     """Trainer evaluates the epoch behind that checkpoint, and the evaluation must not draw the training's numbers."""
-    words = "--vocab_size 300 --num_train_epochs 2 --max_train_samples 96 --max_eval_samples 16 --save_steps 6"
+    words = f"{tokenizer} --num_train_epochs 2 --max_train_samples 96 --max_eval_samples 16 --save_steps 6"
     script.main(arguments(tmp_path, TINY, words))
     whole = AlbertForPreTraining.from_pretrained(tmp_path).state_dict()
     whole = {name: tensor.clone() for name, tensor in whole.items()}
