@@ -29,7 +29,9 @@ test-slow: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
 
+# What a step costs, beside the optimizers of the other packages that the extra lists.
 bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/step.py
 
 # The API's pages, from the docstrings, into site/.
