@@ -14,6 +14,7 @@ from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.backends.lists import Batch
 from agr_hf.optim.options import AdaLOptions
 from agr_hf.optim.plan import Plan
+from agr_hf.optim.shards import local
 from agr_hf.optim.step import StepOptimizer
 
 # The second moment keeps (norm * gradient)^2 in float32.
@@ -49,6 +50,7 @@ class AdaL(StepOptimizer):
     option_types = AdaLOptions
     state_keys = ("scaled_exp_avg", "scaled_exp_avg_sq")
     uses_norms = True
+    _has_warned = False
     native_rule = "adam"
 
     def __init__(
@@ -61,7 +63,6 @@ class AdaL(StepOptimizer):
         **options: Unpack[AdaLOptions],
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **options)
-        self._has_warned = False
 
     def l2_decay(self, group: Mapping[str, Any]) -> bool:
         return not group["decoupled"]
@@ -73,15 +74,18 @@ class AdaL(StepOptimizer):
 
     def after_step(self, plan: Plan) -> None:
         """Warn once where a scaled gradient leaves the range of the second moment."""
-        if getattr(self, "_has_warned", False):
+        if self._has_warned:
             return
         for part in plan.parts:
-            for row, norm in zip(part.rows, part.norms, strict=False):
-                # The largest element is at most the norm, and looked at only where that is not enough.
-                if isinstance(norm, Tensor) or not LARGEST_SCALED < norm * norm < float("inf"):
+            host = [0.0 if isinstance(norm, Tensor) else norm for norm in part.norms]
+            if max(host, default=0.0) ** 2 <= LARGEST_SCALED:  # no element is larger than its norm
+                continue
+            for row, norm in zip(part.rows, host, strict=True):
+                grad, scale = plan.params[row.index].grad, abs(float(part.scales[row.group_index]))
+                if grad is None or not LARGEST_SCALED < norm * norm < float("inf"):
                     continue
-                grad = plan.params[row.index].grad
-                if grad is not None and norm * float(grad.detach().abs().max()) > LARGEST_SCALED:
+                scaled = norm * (1.0 if row.adds_decay else scale) * scale * float(local(grad).abs().max())
+                if scaled > LARGEST_SCALED:
                     self._has_warned = True
                     warnings.warn(
                         f"AdaL: a gradient of shape {tuple(grad.shape)} has the l1 norm {norm:.3g}, and norm times gradient "

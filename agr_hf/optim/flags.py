@@ -16,7 +16,7 @@ def agr_flags(group: Mapping[str, Any]) -> list[bool]:
     if len(flags) != len(group["params"]):
         raise ValueError(
             f"a group has {len(group['params'])} parameters and an `agr` for {len(flags)}; where parameters are added to a "
-            "group or taken out of it, do the same to its list, or set it to True or False"
+            "group or taken out of it, do the same to its list, or make groups with one answer each: agr_param_groups(model)"
         )
     return list(flags)
 

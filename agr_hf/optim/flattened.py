@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
-from weakref import ref
 
 from torch import Tensor
-
-# What DeepSpeed's ZeRO stages 1 and 2, and 3, leave on the parameters that it takes out of an optimizer's groups.
-ZERO_MARKS = ("_hp_mapping", "ds_id")
 
 
 def check_not_flat(name: str, param: Tensor) -> None:
@@ -23,27 +20,27 @@ def check_not_flat(name: str, param: Tensor) -> None:
         )
 
 
-def remember_params(group: dict[str, Any]) -> list[Any]:
-    """Weak references to the parameters of a group as it was given."""
-    return [ref(param) for param in group["params"]]
+def describe_params(group: dict[str, Any]) -> tuple[int, set[int]]:
+    """How many matrices a group has, and the ids of its vectors (torch swaps no tensors that have weak references)."""
+    params = group["params"]
+    return sum(param.ndim > 1 for param in params), {id(param) for param in params if param.ndim < 2}
 
 
-def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], given: Sequence[list[Any]]) -> None:
+def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], given: Sequence[tuple[int, set[int]]]) -> None:
     """Raise RuntimeError where DeepSpeed ZeRO has put one flat partition in the place of a group's parameters.
 
     Args:
         name: of the optimizer, for the message.
         groups: as they are.
-        given: `remember_params` of each group as it was. Parameters that the user replaced are no reason to refuse.
+        given: `describe_params` of each group as it was. Without DeepSpeed, it is the user who replaced the parameters.
     """
-    for group, references in zip(groups, given, strict=False):
+    if "deepspeed" not in sys.modules:
+        return
+    for group, (matrices, vectors) in zip(groups, given, strict=False):
         params = group["params"]
-        if len(params) != 1 or params[0].ndim != 1 or (references and params[0] is references[0]()):
-            continue
-        before = [reference() for reference in references]
-        if any(hasattr(param, mark) for param in before for mark in ZERO_MARKS):
+        if matrices and len(params) == 1 and params[0].ndim == 1 and id(params[0]) not in vectors:
             raise RuntimeError(
-                f"{name} was given {len(references)} parameters in a group and finds one flat tensor of "
-                f"{params[0].numel()} elements now: DeepSpeed ZeRO has flattened the layers, and each layer's own gradient "
-                "is needed; use FSDP2 or DDP, or ZeRO stage 0"
+                f"{name} was given a group with {matrices} matrices and finds one flat tensor of {params[0].numel()} "
+                "elements now: DeepSpeed ZeRO has flattened the layers, and each layer's own gradient is needed; use FSDP2 "
+                "or DDP, or ZeRO stage 0"
             )

@@ -54,6 +54,11 @@ def check_no_shared_memory(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise a ValueError where two different parameters hold the same memory: one's update would undo the other's."""
     spans = []
     for tensor in tensors:
+        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{name}: the elements of a parameter of shape {tuple(tensor.shape)} share memory (it was expanded); give "
+                "the optimizer the tensor that was expanded, or a copy (.clone())"
+            )
         try:
             start = tensor.data_ptr() if tensor.numel() else 0
         except RuntimeError:  # fake tensors have no memory

@@ -151,7 +151,12 @@ def check_group(group: Mapping[str, Any], optimizer: str, options: Mapping[str, 
         if not option.accepts(group[key]):
             refuse(key, option.allowed)
     if isinstance(group.get("agr"), list) and len(group["agr"]) != len(group["params"]):
-        refuse("agr", options["agr"].allowed)
+        refuse(
+            "agr",
+            f"a list with one entry for each of the {len(group['params'])} parameters of the group; where something shares "
+            "out a group's parameters (ZeroRedundancyOptimizer does), give it groups with one answer each: "
+            "agr_param_groups(model)",
+        )
     if group["fused"] and (group["foreach"] is not None or group["capturable"]):
         refuse("fused", "None or False together with foreach or capturable: they compute the step in different ways")
     if group.get("agr_steps") is not None and group["capturable"]:

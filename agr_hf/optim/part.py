@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import TYPE_CHECKING, Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def look_of(tensor: Any) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    """What makes a tensor another kind of tensor to a backend."""
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 class Present:
@@ -67,19 +73,22 @@ class Column:
         self.key, self.states = key, states
         self.vector = torch.stack([as_number(state[key], dtype, device) for state in states])
         self.views = list(self.vector.unbind())
+        self.addresses = list(map(Tensor.data_ptr, self.views))
         for state, view in zip(states, self.views, strict=True):
             state[key] = view
 
     def fits(self) -> bool:
-        """Whether every state still holds its element of the vector."""
+        """Whether every state still holds its element of the vector, in the memory of the vector."""
         key = self.key
-        return all(map(is_, [state.get(key) for state in self.states], self.views))
+        found = [state.get(key) for state in self.states]
+        return all(map(is_, found, self.views)) and list(map(Tensor.data_ptr, self.views)) == self.addresses
 
 
 @dataclass
 class Sums:
-    """Of each parameter in the order of the groups, over all ranks: the l1 norm of its effective gradient, and the sum of
-    squares of its raw one. 0 where there is none, or nobody asks."""
+    """Of each parameter in the order of the groups, over all ranks: the l1 norm and the sum of squares of its gradient, 0
+    where there is none or nobody asks. The norm is of the raw gradient, or where the gradient includes weight decay of the
+    effective one, after clipping."""
 
     norms: list[Scalar]
     squares: list[Scalar]
@@ -89,10 +98,10 @@ class Part:
     """Rows of a plan that one backend computes. A backend is a subclass that states these three:
 
     - `look(present)`: take the tensors of this step; False where they are not of the kind that the part was made for.
-    - `add_sums(sums, scales, squares, coupled_only)`: write this rank's sums of |scale * gradient| into `sums.norms` for the
-      rows that need them, and where `squares` is set also sums of squares of raw gradients, of every row. Norms of rows
-      whose gradient includes weight decay depend on the scale: with `squares`, which comes before the scale is known, they
-      are left out, and `coupled_only` asks for them alone.
+    - `add_sums(sums, scales, squares, coupled_only)`: write this rank's norms into `sums.norms` for the rows that need them,
+      and where `squares` is set also sums of squares, of every row. Norms of gradients that include weight decay depend on
+      the scale: with `squares`, which are taken before the scale is known, they are left out, and `coupled_only` asks for
+      them alone.
     - `update(sums, scales)`: change parameters and state. Where `sums` is None (no clipping, no shards) the backend takes
       the norms itself.
 
@@ -101,11 +110,19 @@ class Part:
     """
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
-        self.optimizer, self.rows = optimizer, rows
+        # A proxy: a cycle would keep the state alive after its optimizer.
+        self.optimizer: StepOptimizer = proxy(optimizer)
+        self.rows = rows
         self.indices = [row.index for row in rows]
         self.states = [optimizer.state[present.params[i]] for i in self.indices]
+        # What parameters and gradients look like; where there is no gradient yet, like its parameter.
+        params, grads = [[tensors[i] for i in self.indices] for tensors in (present.locals, present.local_grads)]
+        self.param_looks = list(map(look_of, params))
+        self.grad_looks = [look_of(p if g is None else g) for p, g in zip(params, grads, strict=True)]
         self.live: list[bool] = []  # which rows have a gradient in this step
-        self.norms: Sequence[Scalar] = []  # of each row in this step, where it was needed
+        # Of each row in this step, where it was needed, and what gradients were multiplied by: see `Sums` and `update`.
+        self.norms: Any = []
+        self.scales: Sequence[Scalar] = []
         device = self.device = present.locals[self.indices[0]].device
         counted_on = device if rows[0].group["capturable"] else torch.device("cpu")
         self.steps = Column("step", self.states, torch.float32, counted_on)

@@ -57,6 +57,8 @@ class Plan:
                 self.rows.append(
                     Row(len(self.rows), group, number, psi, psi or optimizer.uses_norms, adds_decay, on_host)
                 )
+        # Whose norms are known after the clipping factor only.
+        self.late = [row.index for row in self.rows if row.needs_norm and row.adds_decay]
         self.meshes = self._find_meshes()
         self.check_meshes(present, clipping)
         new = [

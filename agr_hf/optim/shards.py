@@ -71,7 +71,7 @@ def as_number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A number, or a tensor with one, as a new 0-dim tensor. The device is named: the default one has no part in it."""
     if not isinstance(value, Tensor):
         return torch.full((), float(value), dtype=dtype, device=device)
-    value = value.full_tensor() if is_dtensor(value) else value
+    value = value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
     return value.detach().reshape(()).to(device=device, dtype=dtype, copy=True)
 
 

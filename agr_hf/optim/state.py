@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from agr_hf.optim.flattened import remember_params
+from agr_hf.optim.flattened import describe_params
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.options import check_group
 from agr_hf.optim.shards import as_number, is_dtensor, local, placed_like, widest
@@ -40,6 +40,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
     required_state: ClassVar[tuple[str, ...]] = ()
     betas_count: ClassVar[int] = 2
 
+    def _reset(self) -> None:
+        """Forget what is found anew, and is not part of the state."""
+        self._given_params: list[tuple[int, set[int]]] = []  # of each group as it was given: see `check_not_flattened`
+
     def init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Make the state of a parameter that gets its first gradient: zeros, in at least float32."""
         state, device = self.state[param], local(param).device
@@ -68,31 +72,31 @@ class StatefulOptimizer(torch.optim.Optimizer):
                     state[key] = layout.relaid(held)
 
     def check_shapes(self, param: Tensor, state: Mapping[str, Any]) -> None:
-        """Raise a ValueError where state is no tensor of the parameter's shape."""
+        """Raise a ValueError where state is no dense real tensor of the parameter's shape."""
         for key in self.state_keys:
             if key not in state:
                 continue
-            found = state[key]
-            if not isinstance(found, Tensor) or found.shape != param.shape:
-                shape = (
-                    f"the shape {tuple(found.shape)}"
-                    if isinstance(found, Tensor)
-                    else f"the type {type(found).__name__}"
-                )
+            found, what = state[key], None
+            if not isinstance(found, Tensor):
+                what = f"is of type {type(found).__name__}"
+            elif found.shape != param.shape:
+                what = f"has the shape {tuple(found.shape)}"
+            elif found.layout != torch.strided or not found.is_floating_point() or found.is_meta != param.is_meta:
+                what = f"has the layout {found.layout} and dtype {found.dtype} on {found.device}"
+            if what:
                 raise ValueError(
-                    f"{type(self).__name__}: {key} has {shape} and its parameter {tuple(param.shape)}; the state belongs to "
-                    "another model, or the parameter was changed since: load the state of this model, or start with a new "
-                    "optimizer"
+                    f"{type(self).__name__}: {key} {what} and its parameter {tuple(param.shape)}; the state belongs to "
+                    "another model, or the parameter was changed since: load the state of this model, or make a new optimizer"
                 )
 
     # ---- checkpoints
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it, and no optimizer here has it
         if "defaults" in state:  # unpickled or copied; load_state_dict looks after its own groups
             self._reset()
-            self._given_params = [remember_params(group) for group in self.param_groups]
-            self.defaults.pop("differentiable", None)  # torch adds it, and no optimizer here has it
+            self._given_params = [describe_params(group) for group in self.param_groups]
             for group in self.param_groups:
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)
@@ -220,10 +224,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
         for key in ("step", *self.scalar_state):
             number = entry.get(key, 0.0)
-            if not (isinstance(number, (int, float)) or (isinstance(number, Tensor) and number.numel() == 1)):
+            if not _is_number(number):
                 raise ValueError(
-                    f"{name}: {key} of parameter {i} must be a number or a tensor with one, but {type(number).__name__} was "
-                    "given; the state is broken: load another one"
+                    f"{name}: {key} of parameter {i} must be a number >= 0 or a tensor with one, but {number!r} was given; "
+                    "the state is broken: load another one"
                 )
         self.check_shapes(param, entry)
 
@@ -237,3 +241,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
             state[key] = as_number(saved.get(key, first), widest(device), device)
         # A fused or capturable optimizer of torch keeps it on the device, where reading it would stall every step.
         state["step"] = as_number(saved["step"], torch.float32, device if group["capturable"] else torch.device("cpu"))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_meta or value.is_complex():
+            return False
+        value = value.item() if value.is_cpu else 0.0  # a device's is not waited for
+    return isinstance(value, (int, float)) and value >= 0

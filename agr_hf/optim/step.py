@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agr_hf.optim.backends import native
 from agr_hf.optim.backends.capture import check_graph_capture
-from agr_hf.optim.flattened import check_not_flat, check_not_flattened, remember_params
+from agr_hf.optim.flattened import check_not_flat, check_not_flattened, describe_params
 from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
@@ -82,11 +82,9 @@ class StepOptimizer(StatefulOptimizer):
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
-        """What is not part of the state: it is found anew."""
+        super()._reset()
         self.plan: Plan | None = None
         self._clip_request: tuple[float, Tensor] | None = None  # of `clip_next_step`: the limit, and what gets the norm
-        # Of each group as it was given: its parameters, to see where an engine replaced them.
-        self._given_params: list[list[Any]] = []
 
     # ---- stated by a rule
 
@@ -120,7 +118,7 @@ class StepOptimizer(StatefulOptimizer):
             raise
         use_plain_numbers(group)
         group["decoupled_weight_decay"] = not self.l2_decay(group)
-        self._given_params.append(remember_params(group))
+        self._given_params.append(describe_params(group))
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -235,15 +233,13 @@ class StepOptimizer(StatefulOptimizer):
         sums = Sums([0.0] * len(plan.rows), [0.0] * len(plan.rows))
         for part in plan.parts:
             part.add_sums(sums, signs, squares=clipping, coupled_only=False)
-        early = [row.index for row in plan.rows if row.needs_norm and not (clipping and row.adds_decay)]
+        late = plan.late if clipping else []
+        early = [] if not plan.meshes else [row.index for row in plan.rows if row.needs_norm and row.index not in late]
         plan.add_over_ranks([(sums.norms, early), (sums.squares, range(len(plan.rows)) if clipping else ())])
         if not clipping:
             return sums, list(signs), 0.0
         norm = _root_of_sum(sums.squares)
-        scales = [sign * _factor(limit, norm) for sign, limit in zip(signs, limits, strict=True)]
-        for i in early:
-            sums.norms[i] = sums.norms[i] * abs(scales[plan.rows[i].group_index])
-        late = [row.index for row in plan.rows if row.needs_norm and row.adds_decay]
+        scales = [_factor(limit, norm) * sign for sign, limit in zip(signs, limits, strict=True)]
         if late:
             for part in plan.parts:
                 part.add_sums(sums, scales, squares=False, coupled_only=True)

@@ -1,5 +1,7 @@
 """Psi in front of any torch optimizer."""
 
+import sys
+
 import pytest
 import torch
 from oracle import as_parameters, gradients, initial, run_optimizer
@@ -169,14 +171,13 @@ def test_steps_of_a_state_saved_without_agr_are_steps_of_the_run():
     assert optimizer.param_groups[0]["agr_step"] == 7
 
 
-def test_flattened_layers_are_refused_with_the_way_out():
+def test_flattened_layers_are_refused_with_the_way_out(monkeypatch):
     flat = torch.nn.Parameter(torch.ones(6))
     flat._is_flat_param = True
     with pytest.raises(ValueError, match=r"attach_agr needs each layer's own gradient.*FSDP2"):
         attach_agr(torch.optim.SGD([flat], lr=0.1))
-    weight = torch.nn.Parameter(torch.ones(2, 3))
-    weight._hp_mapping = None  # as DeepSpeed's ZeRO marks it
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
     attach_agr(optimizer)
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(6))]
     with pytest.raises(RuntimeError, match="finds one flat tensor of 6 elements now"):

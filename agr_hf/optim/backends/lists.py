@@ -16,7 +16,7 @@ from torch import Tensor
 from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.norms import BLOCK, by_device_and_dtype, sum_on_cpu, sums_of_pieces
-from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.part import Part, Present, Row, Sums, look_of
 from agr_hf.optim.shards import Scalar, local, widest
 
 # Elements updated at a time on other devices than the CPU: a few pieces of scratch of 16 MiB (float32).
@@ -108,14 +108,19 @@ class ListsPart(Part):
         for k, (row, state) in enumerate(zip(self.rows, self.states, strict=True)):
             if not live[k]:
                 continue
-            param, grad = present.params[row.index], present.grads[row.index]
+            param = present.params[row.index]
+            grad: Any = present.grads[row.index]
             self.optimizer.check_tensors(param, grad)
             held, layout = present.locals[row.index], Layout(present.locals[row.index])
-            if held.device != self.device:
-                return False
+            if (
+                held.device != self.device
+                or look_of(held) != self.param_looks[k]
+                or look_of(local(grad)) != self.grad_looks[k]
+            ):
+                return False  # the fastest backend for it may be another one
             self.optimizer.lay_state(param, layout, state)
             tensors = {key: local(state[key]) for key in self.optimizer.state_keys} if held.numel() else {}
-            item = Item(row, held, present.local_grads[row.index], tensors, layout)
+            item = Item(row, held, local(grad), tensors, layout)
             item.scalars = {key: column.views[k] for key, column in self.scalars.items()}
             item.is_first = self.first[k]  # a recorded step cannot ask
             self.items.append(item)
@@ -125,8 +130,7 @@ class ListsPart(Part):
         wanted = [item for item in self.items if item.row.needs_norm]
         raw = [] if coupled_only else [item for item in wanted if not item.row.adds_decay]
         for item, total in zip(raw, _sums([item.grad for item in raw], raw, 1), strict=True):
-            scale = scales[item.row.group_index]
-            sums.norms[item.row.index] = total * abs(scale)
+            sums.norms[item.row.index] = total
         if squares:
             for item, total in zip(self.items, _sums([i.grad for i in self.items], self.items, 2), strict=True):
                 sums.squares[item.row.index] = total
@@ -150,9 +154,11 @@ class ListsPart(Part):
             item.step = step
             if not on_device:
                 item.is_first = step == 1
+        self.norms, self.scales = [sums.norms[row.index] for row in self.rows], scales
         for item in self.items:
             item.norm = sums.norms[item.row.index]
-        self.norms = [sums.norms[row.index] for row in self.rows]
+            if not item.row.adds_decay:
+                item.norm = item.norm * abs(scales[item.row.group_index])  # type: ignore[operator]
         _guard([item for item in self.items if item.psi])
         for batch, written in self._batches(self.items, scales):
             self.optimizer.update(batch)

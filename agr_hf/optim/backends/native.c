@@ -200,7 +200,9 @@ static void wait_for_all(job_t *j) {
 
 static double norm_of_row(const job_t *j, int64_t row) {
     if (!wants_norm(j, row)) return 0;
-    if (j->mode & NORMS_GIVEN) return j->norms[row];
+    /* Given norms are of raw gradients where nothing is added to them. */
+    if (j->mode & NORMS_GIVEN)
+        return j->norms[row] * (is_coupled(j, row) ? 1 : fabs(j->numbers[NUMBERS * j->class[row]]));
     double norm = 0;
     for (int64_t c = j->first_chunk[row]; c < j->first_chunk[row + 1]; c++) norm += j->chunk_norm[c];
     return norm;
@@ -297,9 +299,10 @@ static int run_job(job_t *j, int threads) {
                 for (int64_t c = j->first_chunk[row]; c < j->first_chunk[row + 1]; c++) square += j->chunk_square[c];
                 j->square_sums[row] = square;
             }
-            if (j->before && !(j->mode & SUMS_ONLY) && j->address[1][row])
-                j->before[row] = (j->flags[row] & (PSI | SECOND_REGULARIZED)) == PSI && is_usable(j->norms[row])
-                                     ? j->norms[row] : INFINITY;
+            if (j->before && !(j->mode & SUMS_ONLY) && j->address[1][row]) {
+                double norm = (j->flags[row] & (PSI | SECOND_REGULARIZED)) == PSI ? norm_of_row(j, row) : 0;
+                j->before[row] = is_usable(norm) ? norm : INFINITY;
+            }
         }
     }
     free(started);

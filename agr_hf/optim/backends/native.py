@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.layout import Layout
-from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.part import Part, Present, Row, Sums, look_of
 from agr_hf.optim.shards import Scalar, local
 
 try:
@@ -107,11 +107,6 @@ class NativePart(Part):
         self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
         for param, layout, state in zip(params, self.layouts, self.states, strict=True):
             optimizer.lay_state(param, layout, state)
-        # What a gradient looks like, where there is none yet: the parameter.
-        self.looks = [
-            _look_of(param if (grad := present.local_grads[i]) is None else grad)
-            for i, param in zip(self.indices, params, strict=True)
-        ]
         # Gradients in another memory order than their parameter are copied into its order in each step.
         self.copied = {
             k: layout
@@ -125,7 +120,7 @@ class NativePart(Part):
             | SCALED_BY_NORM * optimizer.uses_norms
             | PARAM_BF16 * (param.dtype == torch.bfloat16)
             | GRAD_BF16 * (look[0] == torch.bfloat16)
-            for row, param, look in zip(rows, params, self.looks, strict=True)
+            for row, param, look in zip(rows, params, self.grad_looks, strict=True)
         ]
         self.fixed = array("q", [param.numel() for param in params] + flags)
         self.groups = {row.group_index: row.group for row in rows}
@@ -133,7 +128,9 @@ class NativePart(Part):
         self.group_slots = array("q", [slots[row.group_index] for row in rows])
         self.norms = array("d", bytes(8 * len(rows)))
         self.squares = array("d", bytes(8 * len(rows)))
-        self.guard: Guard | None = None
+        states = [[local(state[key]) for state in self.states] for key in self.keys]
+        self.kept_guard = Guard([*params, *chain(*states)])
+        self.grad_guard: Any = None  # of the rows that are live
         self.addresses = array("q")
         self.params: list[Tensor] = []  # until the step is done, as `held`
         self.held: list[Tensor] = []
@@ -142,32 +139,32 @@ class NativePart(Part):
         return torch.float64  # native.c reads and writes doubles
 
     def look(self, present: Present) -> bool:
-        params, grads = present.locals, present.local_grads
+        params: list[Any] = present.locals
+        grads: list[Any] = present.local_grads
         if not self.is_whole:
             params, grads = [params[i] for i in self.indices], [grads[i] for i in self.indices]
         states = [[state.get(key) for state in self.states] for key in self.keys]
         if self.has_shards:
             states = [[local(tensor) for tensor in column] for column in states]
+        if not self.kept_guard.check(*params, *chain(*states)):
+            return False
         live = [grad is not None for grad in grads]
-        there = grads if all(live) else [grad for grad in grads if grad is not None]
-        if live != self.live or self.guard is None:
-            expected = [look for look, is_live in zip(self.looks, live, strict=True) if is_live]
-            if [_look_of(grad) for grad in there] != expected:
+        there = list(compress(grads, live))
+        if live != self.live or self.grad_guard is None:
+            if not all(map(_is_plain, there)) or list(map(look_of, there)) != list(compress(self.grad_looks, live)):
                 return False
-            self.guard = Guard([*params, *chain(*states), *there])
-        elif not self.guard.check(*params, *chain(*states), *there):
+            self.grad_guard = Guard(there)
+        elif not self.grad_guard.check(*there):
             return False
         self.set_live(live)
         self.params, self.held = params, []
-        if self.copied or len(there) != len(grads):
-            grads = list(grads)
-            for k, layout in self.copied.items():
-                if grads[k] is not None:
-                    grads[k] = layout.flat(grads[k])
-                    self.held.append(grads[k])
-            of_grads = [0 if grad is None else grad.data_ptr() for grad in grads]
-        else:
-            of_grads = list(map(Tensor.data_ptr, grads))
+        if self.copied:
+            grads = [
+                layout.flat(grad) if grad is not None and (layout := self.copied.get(k)) else grad
+                for k, grad in enumerate(grads)
+            ]
+            self.held = grads
+        of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
         self.addresses = array("q", map(Tensor.data_ptr, params))
         self.addresses.extend(of_grads)
         for column in states:
@@ -175,17 +172,21 @@ class NativePart(Part):
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
-        mode = SUMS_ONLY | SQUARES * squares | COUPLED_ONLY * coupled_only
-        self._run(mode, *self._classes(scales))
-        for k, row in enumerate(self.rows):
-            if squares:
-                sums.squares[row.index] = self.squares[k]
-            if row.needs_norm and (row.adds_decay or not coupled_only) and not (squares and row.adds_decay):
-                sums.norms[row.index] = self.norms[k] if self.live[k] else 0.0
+        if not coupled_only:
+            self.norms = array("d", bytes(8 * len(self.rows)))
+        self._run(SUMS_ONLY | SQUARES * squares | COUPLED_ONLY * coupled_only, *self._classes(scales))
+        for found, written in ((self.norms, sums.norms), (self.squares, sums.squares)):
+            if self.is_whole:
+                written[:] = found.tolist()
+            else:
+                for i, total in zip(self.indices, found, strict=True):
+                    written[i] = total
 
     def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
+        self.scales = scales
         if sums is not None:
-            self.norms = array("d", [sums.norms[i] for i in self.indices])
+            norms: list[Any] = sums.norms if self.is_whole else [sums.norms[i] for i in self.indices]
+            self.norms = array("d", norms)
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
         # As every operation in place does: a backward through a graph that holds the old weights is an error.
         torch.autograd.graph.increment_version(list(compress(self.params, self.live)))
@@ -246,26 +247,22 @@ class NativePart(Part):
         return head + rest + [0.0] * (NUMBERS - len(head) - len(rest))
 
 
-def _look_of(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape, tensor.stride()
-
-
 class _LookGuard:
     """What torch's guard does, where this torch has none under that name."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.looks = [(type(tensor), tensor.device, *_look_of(tensor)) for tensor in tensors]
+        self.looks = [(type(tensor), tensor.device, *look_of(tensor)) for tensor in tensors]
 
     def check(self, *tensors: Tensor) -> bool:
-        return [(type(tensor), tensor.device, *_look_of(tensor)) for tensor in tensors] == self.looks
+        return [(type(tensor), tensor.device, *look_of(tensor)) for tensor in tensors] == self.looks
 
 
-def _torch_guard(tensors: Sequence[Tensor]) -> Any:
+def _torch_guard(tensors: Sequence[Any]) -> Any:
     """torch.compile's own check of types, dtypes, devices, sizes and strides: a tenth of the time of asking in Python."""
     return _TensorGuards(
         *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
     )
 
 
