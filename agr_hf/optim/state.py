@@ -86,7 +86,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if what:
                 raise ValueError(
                     f"{type(self).__name__}: {key} {what} and its parameter {tuple(param.shape)}; the state belongs to "
-                    "another model, or the parameter was changed since: load the state of this model, or make a new optimizer"
+                    "another model, or the parameter was changed since: load this model's state, or take a new optimizer"
                 )
 
     # ---- checkpoints

@@ -2,8 +2,8 @@
  * selects it, NAMED(f) the function's name with its suffix. Plain loops that the compiler turns into vectors. */
 
 #define TILE 512  /* elements converted at a time where a parameter or gradient is bfloat16: 2 KiB, in the first cache */
-#define LANES 64  /* partial sums in flight: enough independent additions to hide their latency */
-#define FLUSH 32  /* additions of float32 in a lane before it goes into a float64: a relative error of 32 * 2^-24 at most */
+#define WIDTH 8   /* vectors of partial sums in flight, each with a stream of elements of its own */
+#define FLUSH 32  /* additions of float32 before they go into a float64: a relative error of 32 * 2^-24 at most */
 
 static inline TARGET void NAMED(widen)(float *restrict out, const uint16_t *restrict in, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -21,43 +21,42 @@ static inline TARGET void NAMED(narrow)(uint16_t *restrict out, const float *res
     }
 }
 
-/* sum |scale g + l2 p| and sum g^2 of n elements. Lanes of float32 go into float64 every FLUSH additions; where they
- * overflow although every element is finite, `precise` counts again in float64. */
-static inline TARGET void NAMED(lanes)(const float *restrict g, const float *restrict p, int64_t n, float scale, float l2,
-                                       int coupled, int squares, double *norm, double *square) {
-    double norms[LANES] = {0}, squared[LANES] = {0};
-    int64_t i = 0;
-    while (n - i >= LANES) {
-        int64_t rounds = (n - i) / LANES;
-        if (rounds > FLUSH) rounds = FLUSH;
-        float a[LANES] = {0}, b[LANES] = {0};
-        if (coupled)
-            for (int64_t r = 0; r < rounds; r++, i += LANES)
-                for (int k = 0; k < LANES; k++) a[k] += fabsf(scale * g[i + k] + l2 * p[i + k]);
-        else if (squares)
-            for (int64_t r = 0; r < rounds; r++, i += LANES)
-                for (int k = 0; k < LANES; k++) {
-                    a[k] += fabsf(g[i + k]);
-                    b[k] += g[i + k] * g[i + k];
-                }
-        else
-            for (int64_t r = 0; r < rounds; r++, i += LANES)
-                for (int k = 0; k < LANES; k++) a[k] += fabsf(g[i + k]);
-        for (int k = 0; k < LANES; k++) norms[k] += a[k];
-        if (squares)
-            for (int k = 0; k < LANES; k++) squared[k] += b[k];
+/* sum |x| or |scale g + l2 p|, and sum g^2, of n elements, in WIDTH accumulators that stay in registers. They are float32
+ * and go into float64 every FLUSH additions; where they overflow although every element is finite, `precise` counts again. */
+static inline __attribute__((always_inline)) TARGET void NAMED(lanes)(
+    const float *g, const float *p, int64_t n, float scale, float l2, int coupled, int squares, double *norm,
+    double *square) {
+    /* With two sums an element, half as many streams: the accumulators of both must fit the registers. */
+    const int width = squares ? WIDTH / 2 : WIDTH;
+    double norms[8] = {0}, squared[8] = {0};
+    /* Eight streams, an eighth of the elements apart: one is too few to keep the memory busy. */
+    int64_t stream = n / (8 * width) * 8;
+    for (int64_t start = 0; start < stream; start += 8 * FLUSH) {
+        int64_t end = start + 8 * FLUSH < stream ? start + 8 * FLUSH : stream;
+        vector_t a[WIDTH] = {{0}}, b[WIDTH] = {{0}};
+        for (int64_t i = start; i < end; i += 8) {
+#pragma GCC unroll 8
+            for (int k = 0; k < width; k++) {
+                vector_t x = *(const vector_t *)(g + i + k * stream);
+                if (squares) b[k] += x * x;
+                if (coupled) x = scale * x + l2 * *(const vector_t *)(p + i + k * stream);
+                a[k] += (vector_t)((bits_t)x & 0x7fffffff);
+            }
+        }
+        for (int k = 0; k < width; k++)
+            for (int l = 0; l < 8; l++) {
+                norms[l] += a[k][l];
+                if (squares) squared[l] += b[k][l];
+            }
     }
-    double s = 0, q = 0;
-    for (; i < n; i++) {
-        s += coupled ? fabsf(scale * g[i] + l2 * p[i]) : fabsf(g[i]);
-        q += (double)g[i] * g[i];
+    for (int64_t i = stream * width; i < n; i++) {
+        *norm += coupled ? fabsf(scale * g[i] + l2 * p[i]) : fabsf(g[i]);
+        if (squares) *square += (double)g[i] * g[i];
     }
-    for (int k = 0; k < LANES; k++) {
-        s += norms[k];
-        q += squared[k];
+    for (int l = 0; l < 8; l++) {
+        *norm += norms[l];
+        *square += squared[l];
     }
-    *norm += s;
-    *square += q;
 }
 
 static TARGET void NAMED(sum_chunk)(const chunk_t *c, int squares, double *norm, double *square) {
@@ -70,7 +69,9 @@ static TARGET void NAMED(sum_chunk)(const chunk_t *c, int squares, double *norm,
         const float *g = (const float *)c->grad + at, *p = (const float *)c->param + at;
         if (c->grad_is_bf16) NAMED(widen)(g_tile, (const uint16_t *)c->grad + at, n), g = g_tile;
         if (c->coupled && c->param_is_bf16) NAMED(widen)(p_tile, (const uint16_t *)c->param + at, n), p = p_tile;
-        NAMED(lanes)(g, p, n, c->scale, c->l2, c->coupled, squares, norm, square);
+        if (c->coupled) NAMED(lanes)(g, p, n, c->scale, c->l2, 1, 0, norm, square);
+        else if (squares) NAMED(lanes)(g, p, n, 1, 0, 0, 1, norm, square);
+        else NAMED(lanes)(g, p, n, 1, 0, 0, 0, norm, square);
     }
     if (!isfinite(*norm) || (squares && !isfinite(*square))) precise(c, squares, norm, square);
     /* |scale g| = |scale| |g|, so where nothing is added to it the sum is scaled once. */
@@ -164,6 +165,6 @@ static TARGET void NAMED(update_chunk)(const chunk_t *c, const update_t *u) {
 }
 
 #undef TILE
-#undef LANES
+#undef WIDTH
 #undef FLUSH
 #undef PSI

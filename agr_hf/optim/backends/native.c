@@ -7,13 +7,17 @@
  * result has the same bits at every repetition and at every number of threads. Tensors are walked in runs that fit the
  * cache: the sums of a run, a barrier, its updates, so that the update finds the gradients in the cache.
  *
- * Threads are started for each call: no pool can be left without its threads by a fork, be shared by two optimizers, or
- * spin while nobody steps; and a thread starts in its parent's floating-point mode. It costs some tens of microseconds, so
- * a small step stays in the calling thread.
+ * Threads are those of torch's OpenMP, where it is found: they spin for some milliseconds after the backward pass, and
+ * threads of our own would have to share the cores with them. In a process that was forked OpenMP's threads are gone, and
+ * waiting for them would never end: there, and where torch has no OpenMP, threads are started for each call. Either way a
+ * thread computes in the floating-point mode of the caller, and a small step stays in the calling thread.
  */
+#define _GNU_SOURCE
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <dlfcn.h>
+#include <fenv.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -52,6 +56,10 @@ typedef struct {
     int rule, kind, coupled;
     union { adam_t adam; adan_t adan; };
 } update_t;
+
+/* Eight floats at any address; on narrower machines the compiler makes two or more registers of them. */
+typedef float vector_t __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t bits_t __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* Sums again in float64, where a float32 overflowed. */
 static void precise(const chunk_t *c, int squares, double *norm, double *square) {
@@ -123,7 +131,14 @@ typedef struct {
     double *chunk_norm, *chunk_square;
     atomic_llong *next_sum, *next_update; /* a counter for each run: units are taken by whoever is free */
     atomic_int threads, waiting, generation; /* threads: 0 until all are started */
+    fenv_t mode_of_caller;
 } job_t;
+
+/* torch's OpenMP, through the interface that the compilers of GNU call, and LLVM's runtime has too. */
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*count_threads)(void);
+
+static void forget_openmp(void) { parallel = NULL; }
 
 static int wants_norm(const job_t *j, int64_t row) { return (j->flags[row] & (PSI | SCALED_BY_NORM)) != 0; }
 
@@ -208,10 +223,8 @@ static double norm_of_row(const job_t *j, int64_t row) {
     return norm;
 }
 
-static void *work(void *argument) {
-    job_t *j = argument;
+static void work(job_t *j) {
     int sums_only = j->mode & SUMS_ONLY;
-    while (!atomic_load_explicit(&j->threads, memory_order_acquire)) sched_yield();
     update_t u = {0};
     int64_t row = -1;
     for (int64_t run = 0; run < j->runs; run++) {
@@ -239,6 +252,26 @@ static void *work(void *argument) {
                 isa->update(&chunk, &u);
             }
     }
+}
+
+static void work_in_mode(job_t *j) {
+    fenv_t own;
+    fegetenv(&own);
+    fesetenv(&j->mode_of_caller);
+    work(j);
+    fesetenv(&own);
+}
+
+static void work_in_team(void *argument) {
+    job_t *j = argument;
+    atomic_store_explicit(&j->threads, count_threads(), memory_order_relaxed); /* perhaps fewer than asked for */
+    work_in_mode(j);
+}
+
+static void *work_in_thread(void *argument) {
+    job_t *j = argument;
+    while (!atomic_load_explicit(&j->threads, memory_order_acquire)) sched_yield();
+    work_in_mode(j);
     return NULL;
 }
 
@@ -285,12 +318,17 @@ static int run_job(job_t *j, int threads) {
     if (threads < 1) threads = 1;
     int fits = cut(j, total, threads);
     pthread_t *started = fits ? malloc(threads * sizeof(pthread_t)) : NULL;
+    fegetenv(&j->mode_of_caller);
     if (started) {
-        int count = 1;
-        while (count < threads && !pthread_create(&started[count], NULL, work, j)) count++;
-        atomic_store_explicit(&j->threads, count, memory_order_release);
-        work(j);
-        for (int i = 1; i < count; i++) pthread_join(started[i], NULL);
+        if (threads > 1 && parallel) {
+            parallel(work_in_team, j, (unsigned)threads, 0);
+        } else {
+            int count = 1;
+            while (count < threads && !pthread_create(&started[count], NULL, work_in_thread, j)) count++;
+            atomic_store_explicit(&j->threads, count, memory_order_release);
+            work(j);
+            for (int i = 1; i < count; i++) pthread_join(started[i], NULL);
+        }
         for (int64_t row = 0; row < j->rows; row++) {
             if (is_summed(j, row) && wants_norm(j, row) && !(j->mode & SQUARES && is_coupled(j, row)))
                 j->norms[row] = norm_of_row(j, row);
@@ -366,11 +404,26 @@ static PyObject *select_isa(PyObject *module, PyObject *args) {
     return NULL;
 }
 
+static PyObject *use_openmp(PyObject *module, PyObject *args) {
+    (void)module;
+    const char *path = NULL;
+    if (!PyArg_ParseTuple(args, "z", &path)) return NULL;
+    void *library = path ? dlopen(path, RTLD_NOLOAD | RTLD_NOW) : NULL;
+    parallel = NULL;
+    if (library) {
+        *(void **)&count_threads = dlsym(library, "omp_get_num_threads");
+        if (count_threads) *(void **)&parallel = dlsym(library, "GOMP_parallel");
+    }
+    return PyBool_FromLong(parallel != NULL);
+}
+
 static PyMethodDef methods[] = {
     {"run", run, METH_VARARGS,
      "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before): see native.py"},
     {"select_isa", select_isa, METH_VARARGS,
      "select_isa(name=None): compute with these instructions, by default the widest that the processor has; their name"},
+    {"use_openmp", use_openmp, METH_VARARGS,
+     "use_openmp(path): compute in the threads of this OpenMP library, if it is loaded; in threads of one's own for None"},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
@@ -378,5 +431,6 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, 
 PyMODINIT_FUNC PyInit__native(void) {
     for (int i = 0; i < ISA_COUNT && !isa; i++)
         if (supported(ISAS[i].name)) isa = &ISAS[i];
+    pthread_atfork(NULL, NULL, forget_openmp);
     return PyModule_Create(&definition);
 }

@@ -9,6 +9,7 @@ import logging
 from array import array
 from collections.abc import Collection, Sequence
 from itertools import chain, compress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ except ImportError as error:
     _native, WHY_NOT = None, str(error)
 else:
     WHY_NOT = ""
+    # As torch's wheels carry it, or as the loader finds it.
+    _libraries = [*map(str, (Path(torch.__file__).parent / "lib").glob("lib*omp*")), "libgomp.so.1", "libiomp5.so"]
+    any(_native.use_openmp(library) for library in _libraries)
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
