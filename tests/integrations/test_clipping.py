@@ -492,7 +492,7 @@ def sharded_by_accelerate(folder, own):
 
 def check_trainer(folder, clips):
     kinds = [averaged, sharded_by_accelerate]
-    if importlib.util.find_spec("transformers.distributed.mixin"):  # transformers >= 5.2x shards at load time
+    if importlib.util.find_spec("transformers.distributed.mixin"):  # older versions of transformers do not shard
         kinds.append(sharded_by_transformers)
     for kind in kinds:
         trainers = []
