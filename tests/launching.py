@@ -18,14 +18,21 @@ def exit_code(function, *arguments):
 
 
 def run_module(module, arguments, log):
-    """`python -m MODULE ARGUMENTS`, on one thread; what it and its processes print is in the file `log`."""
-    assert exit_code(_main, module, list(map(str, arguments)), log) == 0, Path(log).read_text()[-3000:]
+    """`python -m MODULE ARGUMENTS`, to its good end; what it and its processes print is in the file `log`."""
+    assert exit_code(_main, runpy.run_module, module, list(map(str, arguments)), log) == 0, Path(log).read_text()[
+        -3000:
+    ]
 
 
-def _main(module, arguments, log):
+def run_script(script, arguments, log):
+    """The exit code of `python SCRIPT ARGUMENTS`; what it prints is in the file `log`."""
+    return exit_code(_main, runpy.run_path, str(script), list(map(str, arguments)), log)
+
+
+def _main(run, name, arguments, log):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["OMP_NUM_THREADS"] = "1"
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = [name, *arguments]
+    run(name, run_name="__main__")

@@ -1,10 +1,9 @@
 """What a run writes down, into which folder, and how it ends where it cannot run."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import run_script
 
 from agr_hf.tasks.images import hub_source
 from agr_hf.tasks.runs import dataset_of, refuse_used, run_main
@@ -56,11 +55,10 @@ def test_a_new_run_does_not_begin_in_the_folder_of_another(left, tmp_path):
 )
 def test_a_script_ends_with_a_sentence_and_no_traceback(script, options, sentence, tmp_path):
     path = Path(__file__).parents[2] / "training_scripts" / script
-    command = [sys.executable, path, "--output_dir", tmp_path, *options.split()]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
-    assert run.returncode == 1
-    assert "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith(f"{script}: {sentence}")
+    assert run_script(path, ["--output_dir", tmp_path / "run", *options.split()], tmp_path / "log") == 1
+    printed = (tmp_path / "log").read_text()
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith(f"{script}: {sentence}")
 
 
 def test_an_error_from_elsewhere_keeps_its_traceback():
