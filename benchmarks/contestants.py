@@ -31,7 +31,7 @@ class Contestant:
         package: the distribution that it comes from, where that is not a dependency.
         against: a second contestant to measure it with in the same rounds, beside the reference.
         clips: whether `clip_grad_norm_` is called before the step.
-        tensors: float32 numbers that it keeps for each element, two sets of gradients and a temporary one included.
+        tensors: float32 numbers that it keeps for each element, two sets of gradients included.
         compiles: whether its first steps take many seconds.
         ours: whether this package implements it.
     """
@@ -43,7 +43,7 @@ class Contestant:
     package: str | None = None
     against: str | None = None
     clips: bool = False
-    tensors: int = 6
+    tensors: int = 5
     compiles: bool = False
     ours: bool = False
 
@@ -91,12 +91,12 @@ def enlist_torch(name, group="others", **options):
     return Contestant(name, made_by("torch.optim", "AdamW", **options), group=group)
 
 
-def enlist_ours(name, cls, bytes, group, *, against=None, tensors=6, **options):
+def enlist_ours(name, cls, bytes, group, *, against=None, tensors=5, **options):
     make = made_by("agr_hf", cls, **options)
     return Contestant(name, make, bytes, group, against=against, tensors=tensors, ours=True)
 
 
-def enlist_other(package, module, cls, bytes=ADAMW_BYTES, *, tensors=6, **options):
+def enlist_other(package, module, cls, bytes=ADAMW_BYTES, *, tensors=5, **options):
     name = f"{package} {cls}"
     return Contestant(name, made_by(module, cls, **options), bytes, package=package, tensors=tensors)
 
@@ -108,10 +108,10 @@ _LIST = (
     enlist_ours("AGRAdamW max_grad_norm", "AGRAdamW", AGR_BYTES, "core", against=CLIPPED, max_grad_norm=MAX_GRAD_NORM),
     enlist_ours("AGRAdamW agr=False", "AGRAdamW", ADAMW_BYTES, "main", agr=False),
     enlist_ours("AdaL", "AdaL", AGR_BYTES, "main"),
-    enlist_ours("Adan", "Adan", ADAN_BYTES, "others", tensors=8),
-    enlist_ours("AGRAdan", "AGRAdan", ADAN_BYTES + 4, "others", against="timm Adan", tensors=8),
-    enlist_other("timm", "timm.optim", "Adan", ADAN_BYTES, tensors=8, no_prox=False),
-    enlist_other("pytorch-optimizer", "pytorch_optimizer", "Adan", ADAN_BYTES, tensors=8),
+    enlist_ours("Adan", "Adan", ADAN_BYTES, "others", tensors=7),
+    enlist_ours("AGRAdan", "AGRAdan", ADAN_BYTES + 4, "others", against="timm Adan", tensors=7),
+    enlist_other("timm", "timm.optim", "Adan", ADAN_BYTES, tensors=7, no_prox=False),
+    enlist_other("pytorch-optimizer", "pytorch_optimizer", "Adan", ADAN_BYTES, tensors=7),
     enlist_torch("torch AdamW for-loop", foreach=False, fused=False),
     enlist_torch("torch AdamW foreach", foreach=True),
     enlist_other("timm", "timm.optim", "NAdamW"),

@@ -30,7 +30,7 @@ def draw(results: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     draw_ratios(left, bars, models)
     draw_curve(right, curve)
-    threads = f", {results['torch_threads']} threads" if results["devices"] == 1 and results["torch_threads"] else ""
+    threads = f", {results['torch_threads']} CPU threads"
     figure.suptitle(f"One optimizer step, float32: {results['device']}{threads}, torch {results['versions']['torch']}")
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=130, facecolor="white")

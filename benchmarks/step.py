@@ -10,8 +10,9 @@ has one. Gradients are new tensors at other addresses in every step. The columns
     ms        median of the rounds
     x fused   median over the rounds of the time, divided by that of torch's fused AdamW in the same round
     x rival   the same for the rival: `clip_grad_norm_` and torch's fused AdamW, or timm's Adan
-    % copy    least bytes that the rule must read and write (contestants.py), divided by the time, as a share of the rate at
-              which a large tensor is copied in the same run; what fits the cache can be above 100
+    % pass    least bytes that the rule must read and write (contestants.py), divided by the time, as a share of the rate at
+              which a large tensor is changed in place in the same run (the JSON has the rate of a copy too); what fits the
+              cache can be above 100
     call ms   a step on as many tensors of two elements each: Python, dispatch and entry into the kernels
     extra MiB peak memory of the third step beyond what it found
     budget    the ratio to stay below, to the rival where there is one, and whether it does
@@ -40,7 +41,7 @@ from agr_hf.files import write_text
 
 PARTS = ("shares", "trainer")  # beside the models: parts of training.py
 RESULTS = Path(__file__).parent / "results"
-HEADER = f"{'':31} {'ms':>9} {'x fused':>8} {'x rival':>8} {'% copy':>7} {'call ms':>8} {'extra MiB':>10}  budget"
+HEADER = f"{'':31} {'ms':>9} {'x fused':>8} {'x rival':>8} {'% pass':>7} {'call ms':>8} {'extra MiB':>10}  budget"
 
 
 def parse_arguments(argv=None):
