@@ -9,11 +9,13 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from agr_hf.files import replaced_file, write_text
+from agr_hf.optim.flags import unwrapped
 from agr_hf.unpickled import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -238,3 +240,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
             "state": {int(i): {key: decode(v, tensors) for key, v in e.items()} for i, e in table["state"].items()},
         }
     )
+
+
+def complete_flattened_state(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give a flattened optimizer state the options that it was saved without, those of `optimizer`.
+
+    `torch.distributed.checkpoint` with `flatten_optimizer_state_dict=True` looks for every option of the groups in the
+    state, and ends in a KeyError where a state of `torch.optim.AdamW` has no `agr`. Call this before `set_optimizer_state_dict`.
+
+    Args:
+        state: flattened; entries are added to it.
+        model: whose parameters the optimizer has.
+        optimizer: the one that will load it.
+    """
+    groups = {param: group for group in unwrapped(optimizer).param_groups for param in group["params"]}
+    for name, param in model.named_parameters():
+        for key, value in groups.get(param, {}).items():
+            if key != "params":
+                state.setdefault(f"param_groups.{name}.{key}", value)

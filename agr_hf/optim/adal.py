@@ -82,7 +82,8 @@ class AdaL(StepOptimizer):
                 continue
             for row, norm in zip(part.rows, host, strict=True):
                 grad, scale = plan.params[row.index].grad, abs(float(part.scales[row.group_index]))
-                if grad is None or not LARGEST_SCALED < norm * norm < float("inf"):
+                is_wide = plan.params[row.index].dtype == torch.float64  # and so is its second moment
+                if grad is None or is_wide or not LARGEST_SCALED < norm * norm < float("inf"):
                     continue
                 scaled = norm * (1.0 if row.adds_decay else scale) * scale * float(local(grad).abs().max())
                 if scaled > LARGEST_SCALED:

@@ -184,11 +184,12 @@ class StepOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_graph_capture(self)
-        request, self._clip_request = self._clip_request, None
+        request = self._clip_request
         limits = [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in self.param_groups]
         limits = limits if request is None else [min(limit, request[0]) for limit in limits]
         clipping = request is not None or min(limits) < math.inf
         plan = self._look(clipping)
+        self._clip_request = None  # a refused step leaves it in place
         signs: list[Scalar] = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
         # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
         sums, scales = None, signs

@@ -996,8 +996,9 @@ def test_parameters_and_states_may_move_to_shared_memory_in_mid_run(name):
         assert_same_state(optimizer, other, rtol=0, atol=0)
         assert all(p.is_shared() for p in params)
         for key, value in flat_state(optimizer).items():
-            assert value.is_shared(), (way, key)
-            assert value.data_ptr() == addresses[key], (way, key)
+            if name == STOCK or value.ndim:  # ours count the steps of all tensors in one vector of each process
+                assert value.is_shared(), (way, key)
+                assert value.data_ptr() == addresses[key], (way, key)
 
 
 @beside_torch

@@ -46,14 +46,14 @@ def test_agr_adam_without_agr_is_torch_adam_to_the_bit():
 @pytest.mark.parametrize("proximal", [True, False])
 @pytest.mark.parametrize("fused", [None, False])
 def test_adan_is_timm_adan_to_the_bit_in_lists_and_to_rounding_in_the_native_step(ours, options, proximal, fused):
-    """Older timm (1.0.20) updates its mean with mul and add, not lerp: one rounding more in a step, 1e-5 in 50."""
+    """Older timm (1.0.20) updates its mean with mul and add, not lerp: one rounding more in a step, 2e-5 in 50."""
     timm = pytest.importorskip("timm.optim", reason="timm is missing: pip install 'agr-hf[train]'")
     params = trained(ours, weight_decay=0.1, proximal=proximal, fused=fused, **options)
     timms = trained(timm.Adan, weight_decay=0.1, no_prox=not proximal, foreach=False, betas=(0.98, 0.92, 0.99))
     if fused is False and "lerp_(grad" in inspect.getsource(sys.modules[timm.Adan.__module__]):
         assert_same_bits(params, timms)
     for p, q in zip(params, timms, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
 def test_clipping_inside_the_step_is_clip_grad_norm_before_it():

@@ -33,7 +33,7 @@ enum { SUMS_ONLY = 1, SQUARES = 2, COUPLED_ONLY = 4, NORMS_GIVEN = 8 };
 enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_BF16 = 16, GRAD_BF16 = 32 };
 #define STATES 4
 #define NUMBERS 16     /* numbers of a class: a group and step count */
-#define CHUNK 32768    /* elements summed or updated at a time: 128 KiB of float32 */
+#define CHUNK 65536    /* elements summed or updated at a time: 256 KiB of float32 */
 #define RUN 262144     /* elements of a run for one or two threads: 1 MiB of float32 gradients; more threads, longer runs */
 #define SMALL 65536    /* elements a thread is worth starting for */
 
@@ -242,8 +242,10 @@ static void work(job_t *j) {
             if (!sums_only) wait_for_all(j);
         }
         if (sums_only) continue;
-        while ((taken = atomic_fetch_add_explicit(&j->next_update[run], 1, memory_order_relaxed)) < count)
-            for (int64_t c = j->unit_chunk[first + taken]; c < j->unit_chunk[first + taken + 1]; c++) {
+        while ((taken = atomic_fetch_add_explicit(&j->next_update[run], 1, memory_order_relaxed)) < count) {
+            /* What was summed last is in the cache still, and is updated first. */
+            int64_t unit = first + count - 1 - taken;
+            for (int64_t c = j->unit_chunk[unit]; c < j->unit_chunk[unit + 1]; c++) {
                 if (row != j->chunk_row[c]) {
                     row = j->chunk_row[c];
                     u = make_update(j, row, norm_of_row(j, row));
@@ -251,6 +253,7 @@ static void work(job_t *j) {
                 chunk_t chunk = make_chunk(j, c);
                 isa->update(&chunk, &u);
             }
+        }
     }
 }
 

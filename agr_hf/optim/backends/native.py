@@ -169,10 +169,7 @@ class NativePart(Part):
             ]
             self.held = grads
         of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
-        self.addresses = array("q", map(Tensor.data_ptr, params))
-        self.addresses.extend(of_grads)
-        for column in states:
-            self.addresses.extend(map(Tensor.data_ptr, column))
+        self.addresses = array("q", [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))])
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
