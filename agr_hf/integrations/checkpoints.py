@@ -246,7 +246,8 @@ def complete_flattened_state(state: dict[str, Any], model: torch.nn.Module, opti
     """Give a flattened optimizer state the options that it was saved without, those of `optimizer`.
 
     `torch.distributed.checkpoint` with `flatten_optimizer_state_dict=True` looks for every option of the groups in the
-    state, and ends in a KeyError where a state of `torch.optim.AdamW` has no `agr`. Call this before `set_optimizer_state_dict`.
+    state, and ends in a KeyError where a state of `torch.optim.AdamW` has no `agr`. Call this
+    before `set_optimizer_state_dict`.
 
     Args:
         state: flattened; entries are added to it.

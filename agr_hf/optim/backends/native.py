@@ -25,9 +25,6 @@ except ImportError as error:
     _native, WHY_NOT = None, str(error)
 else:
     WHY_NOT = ""
-    # As torch's wheels carry it, or as the loader finds it.
-    _libraries = [*map(str, (Path(torch.__file__).parent / "lib").glob("lib*omp*")), "libgomp.so.1", "libiomp5.so"]
-    any(_native.use_openmp(library) for library in _libraries)
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
@@ -56,6 +53,16 @@ def is_available() -> bool:
             WHY_NOT,
         )
     return _native is not None
+
+
+def find_openmp() -> bool:
+    """Compute in the threads of torch's OpenMP: as its wheels carry it, or as the loader finds it."""
+    carried = sorted(map(str, (Path(torch.__file__).parent / "lib").glob("lib*omp*")))
+    return any(_native.use_openmp(library) for library in (*carried, "libgomp.so.1", "libiomp5.so", "libomp.so"))
+
+
+if _native is not None:
+    find_openmp()
 
 
 def select_instructions(name: str | None = None) -> str:
