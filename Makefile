@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint test-oldest test-slow test-gpu bench docs clean
+.PHONY: demo test lint test-oldest test-slow test-gpu test-sanitizers bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
@@ -25,6 +25,12 @@ test-oldest:
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# The native step under AddressSanitizer, ThreadSanitizer and valgrind; needs gcc, its runtimes and valgrind.
+test-sanitizers: $(VENV)/installed
+	$(BIN)/python tests/sanitizers.py address
+	$(BIN)/python tests/sanitizers.py thread
+	$(BIN)/python tests/sanitizers.py memcheck
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

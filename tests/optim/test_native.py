@@ -122,7 +122,7 @@ def test_threads_of_its_own_give_the_bits_of_openmps(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_thousand_steps_stay_with_the_rule_in_float64(name, record_property):
+def test_a_thousand_steps_stay_with_the_rule_in_float64(name):
     shapes, lr = [(33, 17), (17,)], 1e-3
     params = parameters(shapes)
     thetas = [param.detach().double() for param in params]
@@ -138,11 +138,9 @@ def test_a_thousand_steps_stay_with_the_rule_in_float64(name, record_property):
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.float()
         optimizer.step()
-    largest = max(
-        ((p.double() - w).abs() / w.abs().clamp(min=1e-2)).max().item() for p, w in zip(params, wanted, strict=True)
-    )
-    record_property("largest_relative_difference", largest)
-    assert largest < 2e-3  # a thousand roundings of 6e-8 in the parameter, of 1e-3 of it at the smallest
+    off = [(p.double() - w).abs() / w.abs().clamp(min=1e-2) for p, w in zip(params, wanted, strict=True)]
+    largest = max(one.max().item() for one in off)
+    assert largest < 1e-4  # seen: 3e-5; a thousand roundings of 6e-8 add up to 6e-5 at the worst
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,8 +166,10 @@ def test_extreme_gradients_do_what_they_do_in_lists(name, grad, max_grad_norm):
             param.grad = grad.clone()
             optimizer.step()
         ends.append([param, *(optimizer.state[param][key] for key in optimizer.state_keys)])
+    # Lists divide by a float32: of a norm beyond its range no share is taken, here 1 in 210.
+    rtol = 1e-2 if grad.abs().sum() == math.inf and grad.isfinite().all() else 1e-4
     for one, other in zip(*ends, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-30, equal_nan=True)
+        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-30, equal_nan=True)
 
 
 def test_the_floating_point_mode_of_the_process_is_the_callers(monkeypatch):
@@ -218,7 +218,8 @@ def test_optimizers_in_several_python_threads_do_not_disturb_each_other():
 
 
 def _step_in_child(queue):
-    params, _ = train("agr_adamw", [(CHUNK, 4)])
+    torch.get_num_threads = lambda: 2
+    params, _ = train("agr_adamw", [(CHUNK, 4)], threads=1)
     queue.put(params[0].detach().double().sum().item())
 
 
@@ -226,10 +227,10 @@ def _step_in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_forked_process_steps_with_threads_of_its_own():
     """OpenMP's threads do not survive a fork, and waiting for them would not end."""
-    params, _ = train("agr_adamw", [(CHUNK, 4)])
+    params, _ = train("agr_adamw", [(CHUNK, 4)])  # with OpenMP's threads, which the child does not have
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    # The child makes random numbers with torch, whose own OpenMP would wait: one thread for that.
+    # torch's own operations would wait in the child too: one thread for them, and two for the step.
     child = context.Process(target=_step_in_child, args=(queue,))
     child.start()
     assert queue.get(timeout=60) == params[0].detach().double().sum().item()
