@@ -2,9 +2,9 @@
 
     python tests/sanitizers.py address|thread|memcheck
 
-It builds native.c again, with the sanitizer and without the package, and steps through tables of shapes that hypothesis draws,
-in threads of its own: OpenMP's are not instrumented. Every tensor ends where its allocation ends, so that a reading past it is
-seen. It imports no torch, whose own findings would drown ours.
+It builds native.c again, with the sanitizer and without the package, and steps through tables of shapes that hypothesis
+draws, in threads of its own: OpenMP's are not instrumented. Every tensor ends where its allocation ends, so that a reading
+past it is seen. It imports no torch, whose own findings would drown ours.
 """
 
 import ctypes
@@ -44,7 +44,11 @@ def check(library, examples):
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
     sizes = st.sampled_from([0, 1, 7, 15, 16, 17, 63, 64, 65, 513, 65_535, 65_536, 65_537, 140_000])
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -72,8 +76,8 @@ def check(library, examples):
         numbers = array("d", [1.0, 0.1, 0.1, 0.9, 0.1, 0.99, 0.01, 1.0, 1e-8, 1.0, 0.1, 1.0, 1e-8, 0.0, 0.0, 0.0])
         norms, squares, before = (array("d", bytes(8 * len(rows))) for _ in range(3))
         native.run(
-            rule, states, mode, threads, array("q", addresses), fixed, array("q", bytes(8 * len(rows))), numbers, norms, squares,
-            before.buffer_info()[0] if rule else 0,
+            rule, states, mode, threads, array("q", addresses), fixed, array("q", bytes(8 * len(rows))), numbers, norms,
+            squares, before.buffer_info()[0] if rule else 0,
         )  # fmt: skip
         for address in memory:
             libc.free(address)
@@ -87,12 +91,18 @@ def main(kind):
         command = [sys.executable, __file__, "--inside", str(library), "20" if kind == "memcheck" else "200"]
         environment = {**os.environ, "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": "detect_leaks=0"}
         if kind == "memcheck":
-            command = ["valgrind", "--error-exitcode=9", "--errors-for-leak-kinds=none", "--quiet", *command]
+            command = ["valgrind", "--errors-for-leak-kinds=none", "--quiet", *command]
         else:
             name = {"address": "libasan.so", "thread": "libtsan.so"}[kind]
-            runtime = subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+            runtime = subprocess.run(
+                ["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            ).stdout
             environment["LD_PRELOAD"] = runtime.strip()
-        subprocess.run(command, env=environment, check=True)
+        found = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # valgrind finds fault with Python itself too.
+    ours = kind != "memcheck" or any(name in found.stderr for name in ("native.c", "kernels.h"))
+    if found.returncode or (ours and found.stderr):
+        sys.exit(f"{found.stderr}\n{kind}: see above")
     print(f"{kind}: nothing found")
 
 
