@@ -220,6 +220,7 @@ def test_optimizers_in_several_python_threads_do_not_disturb_each_other():
 def _step_in_child(queue):
     torch.get_num_threads = lambda: 2
     params, _ = train("agr_adamw", [(CHUNK, 4)], threads=1)
+    torch.set_num_threads(1)
     queue.put(params[0].detach().double().sum().item())
 
 
