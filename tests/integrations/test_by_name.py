@@ -97,7 +97,7 @@ def test_adan_takes_its_own_three_betas_and_says_when_adams_are_given(tmp_path, 
     [
         ("agr_steps", "'agr_steps' is not allowed; entries are name=value"),
         ("agr_steps=", "entries are name=value"),
-        ("lr=0.1", "agr_adamw has no option lr; it has agr, agr_steps"),
+        ("lr=0.1", "agr_adamw has no option lr; it has max_grad_norm"),
         ("momentum=0.9", "no option momentum"),
         ("agr_steps=many", "agr_steps='many' is not allowed; it must be a whole number"),
         ("agr_steps=-1", "it must be a whole number >= 0"),

@@ -266,7 +266,7 @@ def test_a_state_of_other_groups_is_refused_with_a_way_out():
     stock = torch.optim.AdamW(model.parameters())
     grouped = AGRAdamW(agr_param_groups(model))
     with pytest.raises(
-        ValueError, match=r"a state fits the groups that it was saved of; make the optimizer with those"
+        ValueError, match=r"rebuild the optimizer with the saved groups, load, and then say where AGR applies"
     ):
         grouped.load_state_dict(stock.state_dict())
     same = AGRAdamW(model.parameters())
