@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -94,7 +95,7 @@ class Sums:
     squares: list[Scalar]
 
 
-class Part:
+class Part(ABC):
     """Rows of a plan that one backend computes. A backend is a subclass that states these three:
 
     - `look(present)`: take the tensors of this step; False where they are not of the kind that the part was made for.
@@ -137,14 +138,14 @@ class Part:
         """Of the rule's numbers of each row."""
         return widest(device)
 
-    def look(self, present: Present) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def look(self, present: Present) -> bool: ...
 
-    def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None: ...
 
-    def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None: ...
 
     def set_live(self, live: list[bool]) -> None:
         if live != self.live:

@@ -18,10 +18,10 @@ SEED = 20260
 def start(folder):
     """The process of a job, which has begun to train."""
     processes = multiprocessing.get_context("forkserver")
-    begun, told = processes.Pipe(duplex=False)
-    process = processes.Process(target=killed_job.run, args=(folder, told))
+    begun, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=killed_job.run, args=(folder, sender))
     process.start()
-    told.close()
+    sender.close()
     assert begun.recv() == "training"
     return process
 
