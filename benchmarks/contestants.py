@@ -69,8 +69,10 @@ class Contestant:
 def made_by(module: str, cls: str, **options):
     """A function that makes the class of that name; the module is imported when it is called."""
 
+    options = {"weight_decay": WEIGHT_DECAY} | options
+
     def make(params):
-        return getattr(importlib.import_module(module), cls)(params, lr=LR, weight_decay=WEIGHT_DECAY, **options)
+        return getattr(importlib.import_module(module), cls)(params, lr=LR, **options)
 
     return make
 
@@ -107,7 +109,9 @@ _LIST = (
     Contestant(CLIPPED, made_by("torch.optim", "AdamW", fused=True), ADAMW_BYTES + CLIP_BYTES, "core", clips=True),
     enlist_ours("AGRAdamW max_grad_norm", "AGRAdamW", AGR_BYTES, "core", against=CLIPPED, max_grad_norm=MAX_GRAD_NORM),
     enlist_ours("AGRAdamW agr=False", "AGRAdamW", ADAMW_BYTES, "main", agr=False),
-    enlist_ours("AdaL", "AdaL", AGR_BYTES, "main"),
+    enlist_ours("AdaL", "AdaL", AGR_BYTES, "main", weight_decay=0.0),  # its default
+    # L2 decay is part of the gradient whose norm is taken: the parameter is read twice as well.
+    enlist_ours("AdaL with L2 decay", "AdaL", AGR_BYTES + 4, "main"),
     enlist_ours("Adan", "Adan", ADAN_BYTES, "others", tensors=7),
     enlist_ours("AGRAdan", "AGRAdan", ADAN_BYTES + 4, "others", against="timm Adan", tensors=7),
     enlist_other("timm", "timm.optim", "Adan", ADAN_BYTES, tensors=7, no_prox=False),

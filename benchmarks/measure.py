@@ -240,35 +240,3 @@ def read_kilobytes(path: str, key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{path} has no line {key}")
-
-
-class Stopwatch:
-    """Seconds inside of the functions that it wraps; a function called by another one counts once."""
-
-    def __init__(self, device: str) -> None:
-        self.seconds = 0.0
-        self._device = device
-        self._depth = 0
-
-    def wrap(self, function: Callable) -> Callable:
-        def timed(*args, **kwargs):
-            with self:
-                return function(*args, **kwargs)
-
-        return timed
-
-    def __enter__(self) -> None:
-        if self._depth == 0:
-            synchronize(self._device)
-            self._start = time.perf_counter()
-        self._depth += 1
-
-    def __exit__(self, *_) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            synchronize(self._device)
-            self.seconds += time.perf_counter() - self._start
-
-    def read_and_reset(self) -> float:
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds

@@ -352,25 +352,39 @@ static int run_job(job_t *j, int threads) {
     return started != NULL;
 }
 
+/* The integers of a list, to be freed; NULL and an exception where it is none. */
+static int64_t *read_list(PyObject *list, Py_ssize_t *length) {
+    *length = PyList_Size(list);
+    int64_t *values = *length < 0 ? NULL : malloc((*length + 1) * sizeof(int64_t));
+    if (!values && !PyErr_Occurred()) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; values && i < *length; i++) values[i] = PyLong_AsLongLong(PyList_GetItem(list, i));
+    if (!PyErr_Occurred()) return values;
+    free(values);
+    return NULL;
+}
+
 static PyObject *run(PyObject *module, PyObject *args) {
     (void)module;
-    Py_buffer address, fixed, class, numbers, norms, squares;
+    PyObject *addresses;
+    Py_buffer fixed, class, numbers, norms, squares;
     int rule, states, mode, threads;
     unsigned long long before;
-    if (!PyArg_ParseTuple(args, "iiiiy*y*y*y*w*w*K", &rule, &states, &mode, &threads, &address, &fixed, &class, &numbers,
-                          &norms, &squares, &before))
+    if (!PyArg_ParseTuple(args, "iiiiO!y*y*y*w*w*K", &rule, &states, &mode, &threads, &PyList_Type, &addresses, &fixed,
+                          &class, &numbers, &norms, &squares, &before))
         return NULL;
+    Py_ssize_t length;
+    int64_t *address = read_list(addresses, &length);
     int64_t rows = norms.len / (int64_t)sizeof(double), classes = numbers.len / (int64_t)sizeof(double) / NUMBERS;
     PyObject *result = NULL;
     int fits = rule >= ADAM && rule <= ADAN && states == (rule == ADAM ? 2 : 4) && squares.len == norms.len &&
-               address.len == (2 + states) * norms.len && fixed.len == 2 * norms.len && class.len == norms.len;
+               length == (2 + states) * rows && fixed.len == 2 * norms.len && class.len == norms.len;
     for (int64_t row = 0; fits && row < rows; row++)
         fits = ((const int64_t *)class.buf)[row] >= 0 && ((const int64_t *)class.buf)[row] < classes;
-    if (!fits) {
+    if (address && !fits) {
         PyErr_SetString(PyExc_ValueError, "the tables of the native step do not fit each other");
-    } else {
+    } else if (address) {
         job_t j = {.rule = rule, .states = states, .mode = mode, .rows = rows};
-        for (int k = 0; k < 2 + states; k++) j.address[k] = (const int64_t *)address.buf + k * rows;
+        for (int k = 0; k < 2 + states; k++) j.address[k] = address + k * rows;
         j.numel = fixed.buf;
         j.flags = j.numel + rows;
         j.class = class.buf;
@@ -385,7 +399,7 @@ static PyObject *run(PyObject *module, PyObject *args) {
         if (done) result = Py_NewRef(Py_None);
         else PyErr_NoMemory();
     }
-    PyBuffer_Release(&address);
+    free(address);
     PyBuffer_Release(&fixed);
     PyBuffer_Release(&class);
     PyBuffer_Release(&numbers);

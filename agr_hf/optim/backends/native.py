@@ -142,7 +142,7 @@ class NativePart(Part):
         states = [[local(state[key]) for state in self.states] for key in self.keys]
         self.kept_guard = Guard([*params, *chain(*states)])
         self.grad_guard: Any = None  # of the rows that are live
-        self.addresses = array("q")
+        self.addresses: list[int] = []
         self.params: list[Tensor] = []  # until the step is done, as `held`
         self.held: list[Tensor] = []
 
@@ -176,7 +176,7 @@ class NativePart(Part):
             ]
             self.held = grads
         of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
-        self.addresses = array("q", [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))])
+        self.addresses = [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))]
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
@@ -197,7 +197,7 @@ class NativePart(Part):
             self.norms = array("d", norms)
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
         # As every operation in place does: a backward through a graph that holds the old weights is an error.
-        torch.autograd.graph.increment_version(list(compress(self.params, self.live)))
+        torch.autograd.graph.increment_version(self.params if all(self.live) else list(compress(self.params, self.live)))
         self.params, self.held = [], []
 
     @torch._disable_dynamo  # torch.compile cannot trace C
