@@ -197,7 +197,9 @@ class NativePart(Part):
             self.norms = array("d", norms)
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
         # As every operation in place does: a backward through a graph that holds the old weights is an error.
-        torch.autograd.graph.increment_version(self.params if all(self.live) else list(compress(self.params, self.live)))
+        torch.autograd.graph.increment_version(
+            self.params if all(self.live) else list(compress(self.params, self.live))
+        )
         self.params, self.held = [], []
 
     @torch._disable_dynamo  # torch.compile cannot trace C
