@@ -68,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
         again.add_argument("--output-dir", type=Path, required=True, help="folder for the run")
         again.epilog = "Behind -- come arguments for the script, which win over the published ones."
         again.set_defaults(run=run)
+    script = commands.add_parser(
+        "run",
+        help="run a script of yours or of others that then knows --optim agr_adamw",
+        usage="agr-hf run SCRIPT [ARGUMENT ...]  or  agr-hf run -m MODULE [ARGUMENT ...]",
+        description="Behind launchers: torchrun -m agr_hf run SCRIPT ..., accelerate launch -m agr_hf run SCRIPT ...",
+    )
+    script.add_argument("-m", dest="as_module", action="store_true", help="the target is a module")
+    script.add_argument("target", help="path of a script, or name of a module behind -m; what follows is its own")
+    script.set_defaults(run=run_script)
     board = commands.add_parser("leaderboard", help="one table over runs, by task and optimizer")
     board.add_argument("runs", nargs="+", help="run folders, folders of them, or repositories on the Hub")
     board.set_defaults(run=run_leaderboard)
@@ -141,6 +150,12 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
     reproduce(arguments.source, arguments.output_dir, arguments.extra, revision=arguments.revision)
 
 
+def run_script(arguments: argparse.Namespace) -> None:
+    from agr_hf.integrations.run import run
+
+    run(arguments.target, arguments.extra, as_module=arguments.as_module)
+
+
 def run_leaderboard(arguments: argparse.Namespace) -> None:
     from agr_hf.experiments.leaderboard import collect, leaderboard
 
@@ -170,14 +185,23 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what was asked, 1 with a sentence on stderr if it could not."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # argparse itself would look for what is behind -- among the positional arguments before the options.
     again = argv[:1] in (["resume"], ["reproduce"])
-    end = argv.index("--") if again and "--" in argv else len(argv)
-    arguments, rest = parser().parse_known_args(argv[:end])
-    arguments.extra = argv[end + 1 :]
+    own, extra = argv, []
+    if argv[:1] == ["run"]:
+        # All behind the target is the script's, --help too.
+        end = 3 if argv[1:2] == ["-m"] else 2
+        own, extra = argv[:end], argv[end:]
+    elif again and "--" in argv:
+        # argparse itself would look for what is behind -- among the positional arguments before the options.
+        own, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    arguments, rest = parser().parse_known_args(own)
+    arguments.extra = extra
     if rest:
         hint = "; arguments for the training script come behind --" if again else ""
         parser().error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    if arguments.command == "run":
+        arguments.run(arguments)  # what the script raises is not ours to put into words
+        return 0
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:

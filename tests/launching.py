@@ -19,17 +19,17 @@ def exit_code(function, *arguments):
 
 def run_module(module, arguments, log):
     """`python -m MODULE ARGUMENTS`, to its good end; what it and its processes print is in the file `log`."""
-    assert exit_code(_main, runpy.run_module, module, list(map(str, arguments)), log) == 0, Path(log).read_text()[
+    assert exit_code(run_as_main, runpy.run_module, module, list(map(str, arguments)), log) == 0, Path(log).read_text()[
         -3000:
     ]
 
 
 def run_script(script, arguments, log):
     """The exit code of `python SCRIPT ARGUMENTS`; what it prints is in the file `log`."""
-    return exit_code(_main, runpy.run_path, str(script), list(map(str, arguments)), log)
+    return exit_code(run_as_main, runpy.run_path, str(script), list(map(str, arguments)), log)
 
 
-def _main(run, name, arguments, log):
+def run_as_main(run, name, arguments, log):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

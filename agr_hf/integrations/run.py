@@ -1,0 +1,64 @@
+"""`agr-hf run`: a script of others, unedited, that knows the optimizers by name."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+from agr_hf.integrations import register
+
+
+class _Registration:
+    """Registers where it is unpickled, and is itself again there: for the processes of processes."""
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _register_again, ()
+
+
+def _register_again() -> _Registration:
+    register()
+    return _Registration()
+
+
+def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> None:
+    """Register the optimizers' names, then run a script as `python SCRIPT` or `python -m MODULE` would.
+
+    It is `__main__`, with its own arguments and its folder first on `sys.path` (the current one for a module). Exceptions
+    and `SystemExit` come out as they are. Processes that it starts by `multiprocessing` know the names too, whatever the
+    start method; those that it starts as new programs do not.
+
+    Args:
+        target: path of a script, or with `as_module` the name of a module or package.
+        arguments: those of the script.
+
+    Raises:
+        SystemExit: there is no such script or module; its code is the sentence for stderr.
+    """
+    if not as_module and not Path(target).exists():
+        sys.exit(f"agr-hf: there is no script {target!r}; give its path, or the name of a module behind -m")
+    folder = os.getcwd() if as_module else os.path.dirname(os.path.realpath(target))
+    if not sys.flags.safe_path:
+        sys.path[0] = folder
+    if as_module and not _exists(target):
+        sys.exit(f"agr-hf: there is no module {target!r} in this environment or in {folder}")
+    register()
+    # What a process was configured with is sent to those that it spawns, and unpickled there before their function.
+    current_process()._config["agr_hf"] = _Registration()  # type: ignore[attr-defined]
+    sys.argv = [target, *arguments]
+    if as_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(target, run_name="__main__")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # of a parent that is missing, or is no package
+        return False
