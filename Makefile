@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint test-oldest test-slow test-gpu test-sanitizers bench docs clean
+.PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
 
 # Two workers, of which one that is done takes over tests of the other.
-TEST := python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+TEST := python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not deepspeed"
 
 test: $(VENV)/installed lint
 	$(BIN)/$(TEST)
@@ -31,6 +31,12 @@ test-sanitizers: $(VENV)/installed
 	$(BIN)/python tests/sanitizers.py address
 	$(BIN)/python tests/sanitizers.py thread
 	$(BIN)/python tests/sanitizers.py memcheck
+
+# DeepSpeed stays out of .venv: the other tests are of an environment without it. Nothing of it is compiled.
+test-deepspeed: $(VENV)/installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/deepspeed \
+		"deepspeed>=0.19" hjson ninja py-cpuinfo msgpack einops
+	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest -m deepspeed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

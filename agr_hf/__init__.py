@@ -13,6 +13,7 @@ from agr_hf.optim import (
     agr_param_groups,
     attach_agr,
     create_optimizer,
+    fragment_norms,
     l1_norms,
     list_optimizers,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "agr_param_groups",
     "attach_agr",
     "create_optimizer",
+    "fragment_norms",
     "l1_norms",
     "list_optimizers",
     "register",

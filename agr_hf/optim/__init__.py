@@ -10,6 +10,7 @@ from agr_hf.optim.nosadam import NosAdam
 from agr_hf.optim.param_groups import agr_param_groups
 from agr_hf.optim.psi import agr
 from agr_hf.optim.registry import create_optimizer, list_optimizers
+from agr_hf.optim.zero import fragment_norms
 
 __all__ = [
     "ACProp",
@@ -23,6 +24,7 @@ __all__ = [
     "agr_param_groups",
     "attach_agr",
     "create_optimizer",
+    "fragment_norms",
     "l1_norms",
     "list_optimizers",
 ]

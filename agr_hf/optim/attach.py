@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.flags import agr_flags, unwrapped
-from agr_hf.optim.flattened import check_not_flat, check_not_flattened, describe_params
+from agr_hf.optim.flattened import GivenLayers, check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.norms import l1_norms
 from agr_hf.optim.options import is_count
 from agr_hf.optim.psi import as_dtensor, shrink
@@ -26,7 +26,7 @@ class AGRHandle:
     def __init__(self, optimizer: torch.optim.Optimizer, min_ndim: int, steps: int | None) -> None:
         self.min_ndim = min_ndim
         self.steps = steps
-        self._given_params = [describe_params(group) for group in optimizer.param_groups]
+        self._layers = GivenLayers(optimizer.param_groups)
         for group in optimizer.param_groups:
             for param in group["params"]:
                 check_not_flat("attach_agr", param)
@@ -78,7 +78,8 @@ class AGRHandle:
         """Parameters that Psi applies to in this step. The count lives in the group, so that checkpoints keep it; it is of
         steps in which the group has a gradient, as the package's own optimizers count."""
         active: list[Tensor] = []
-        check_not_flattened("attach_agr", optimizer.param_groups, self._given_params)
+        if is_deepspeed_here():
+            check_not_flattened("attach_agr", self._layers.pair(optimizer.param_groups))
         self._count(optimizer)
         # A GradScaler lets a fused optimizer see the step that it skips.
         found_inf = getattr(optimizer, "found_inf", None)

@@ -20,27 +20,42 @@ def check_not_flat(name: str, param: Tensor) -> None:
         )
 
 
-def describe_params(group: dict[str, Any]) -> tuple[int, set[int]]:
-    """How many matrices a group has, and the ids of its vectors (torch swaps no tensors that have weak references)."""
-    params = group["params"]
-    return sum(param.ndim > 1 for param in params), {id(param) for param in params if param.ndim < 2}
+class GivenLayers:
+    """The parameters of an optimizer's groups as they were given to it: DeepSpeed puts flat tensors in their place."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]] = ()) -> None:
+        self.pairs = [(group, list(group["params"])) for group in groups]
+
+    def add(self, group: dict[str, Any]) -> None:
+        self.pairs.append((group, list(group["params"])))
+
+    def pair(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Each group and its layers. Loading replaces groups, which are known by their order then; DeepSpeed shows an
+        optimizer one group at a time, which is known by itself."""
+        if len(groups) == len(self.pairs):
+            self.pairs = [(group, layers) for group, (_, layers) in zip(groups, self.pairs, strict=True)]
+            return self.pairs
+        known = {id(group): layers for group, layers in self.pairs}
+        return [(group, known.get(id(group), group["params"])) for group in groups]
 
 
-def check_not_flattened(name: str, groups: Sequence[dict[str, Any]], given: Sequence[tuple[int, set[int]]]) -> None:
-    """Raise RuntimeError where DeepSpeed ZeRO has put one flat partition in the place of a group's parameters.
+def is_deepspeed_here() -> bool:
+    return "deepspeed" in sys.modules
+
+
+def check_not_flattened(name: str, pairs: Sequence[tuple[dict[str, Any], Sequence[Tensor]]]) -> None:
+    """Raise RuntimeError where DeepSpeed has put one flat tensor in the place of a group's parameters.
 
     Args:
         name: of the optimizer, for the message.
-        groups: as they are.
-        given: `describe_params` of each group as it was. Without DeepSpeed, it is the user who replaced the parameters.
+        pairs: groups and the layers that they were given.
     """
-    if "deepspeed" not in sys.modules:
-        return
-    for group, (matrices, vectors) in zip(groups, given, strict=False):
+    for group, layers in pairs:
         params = group["params"]
-        if matrices and len(params) == 1 and params[0].ndim == 1 and id(params[0]) not in vectors:
+        matrices = sum(layer.ndim > 1 for layer in layers)
+        if matrices and len(params) == 1 and params[0].ndim == 1 and all(params[0] is not layer for layer in layers):
             raise RuntimeError(
                 f"{name} was given a group with {matrices} matrices and finds one flat tensor of {params[0].numel()} "
-                "elements now: DeepSpeed ZeRO has flattened the layers, and each layer's own gradient is needed; use FSDP2 "
-                "or DDP, or ZeRO stage 0"
+                "elements now: DeepSpeed has flattened the layers, and each layer's own gradient is needed; take an "
+                "optimizer of agr_hf under ZeRO stage 1, 2 or 3, or FSDP2, DDP or ZeRO stage 0"
             )

@@ -48,10 +48,16 @@ class Plan:
         ]
         active = [is_active(group) for group in groups]
         self.rows: list[Row] = []
+        shapes = (
+            [param.shape for param in present.params]
+            if optimizer.partition is None
+            else optimizer.partition.whole_shapes()
+        )
         for number, group in enumerate(groups):
-            for param, flag in zip(group["params"], flags[number], strict=True):
+            for flag in flags[number]:
                 # A one-element tensor's share of its own norm is 1: Psi would erase it.
-                psi = active[number] and flag and param.ndim >= group["min_ndim"] and param.numel() > 1
+                shape = shapes[len(self.rows)]
+                psi = active[number] and flag and len(shape) >= group["min_ndim"] and shape.numel() > 1
                 adds_decay = bool(group["weight_decay"]) and optimizer.l2_decay(group)
                 on_host = present.locals[len(self.rows)].is_cpu and not group["capturable"]
                 self.rows.append(
@@ -60,6 +66,7 @@ class Plan:
         # Whose norms are known after the clipping factor only.
         self.late = [row.index for row in self.rows if row.needs_norm and row.adds_decay]
         self.meshes = self._find_meshes()
+        self.partition = optimizer.partition
         self.check_meshes(present, clipping)
         new = [
             row.index
@@ -129,6 +136,11 @@ class Plan:
             )
         )
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether sums over what this rank holds are not yet those of whole tensors. The same on every rank."""
+        return bool(self.meshes) or self.partition is not None
+
     def count_groups(self, present: Present) -> None:
         """Count this step of the groups that have a gradient, with AGR or without."""
         start = 0
@@ -139,8 +151,10 @@ class Plan:
             start = end
 
     def add_over_ranks(self, columns: Sequence[tuple[list[Scalar], Sequence[int]]]) -> None:
-        """Make sums over local shards sums over whole tensors; see `add_over_shards`."""
-        if self.meshes:
+        """Make sums over local shards sums over whole tensors; see `add_over_shards` and `Partition`."""
+        if self.partition is not None:
+            self.partition.add_over_ranks(columns[0][0])
+        elif self.meshes:
             add_over_shards(columns, self.params)
 
 

@@ -95,7 +95,7 @@ def add_over_shards(columns: Sequence[tuple[list[Scalar], Sequence[int]]], tenso
         place = mesh.get_coordinate()
         if place is None:
             continue  # a mesh of other ranks: nothing of its tensors is here
-        flat = _as_vector([sums[i] for sums, i in entries], mesh.device_type)
+        flat = as_vector([sums[i] for sums, i in entries], mesh.device_type)
         for dims in _reduced_together(mesh, [tensors[i] for _, i in entries]):
             # A replicated tensor's sum is complete everywhere: only place 0 brings it, or it would count twice. (The rank
             # within a dimension's group is another number where a mesh has its ranks in an order of its own.)
@@ -113,7 +113,7 @@ def add_over_shards(columns: Sequence[tuple[list[Scalar], Sequence[int]]], tenso
             sums[i] = as_number(total, before.dtype, before.device) if isinstance(before, Tensor) else total
 
 
-def _as_vector(sums: Sequence[Scalar], device_type: str) -> Tensor:
+def as_vector(sums: Sequence[Scalar], device_type: str) -> Tensor:
     """Sums as one vector on the device of the mesh, in its widest dtype."""
     on_device = [total for total in sums if isinstance(total, Tensor)]
     if not on_device:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from agr_hf.optim.flattened import describe_params
+from agr_hf.optim.flattened import GivenLayers
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.options import check_group
 from agr_hf.optim.shards import as_number, is_dtensor, local, placed_like, widest
+from agr_hf.optim.zero import is_partitioned
 
 # How a step is computed is this run's choice; what it computes is the checkpoint's.
 IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable")
@@ -42,7 +43,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget what is found anew, and is not part of the state."""
-        self._given_params: list[tuple[int, set[int]]] = []  # of each group as it was given: see `check_not_flattened`
+        self._layers = GivenLayers()
 
     def init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Make the state of a parameter that gets its first gradient: zeros, in at least float32."""
@@ -96,7 +97,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.defaults.pop("differentiable", None)  # torch adds it, and no optimizer here has it
         if "defaults" in state:  # unpickled or copied; load_state_dict looks after its own groups
             self._reset()
-            self._given_params = [describe_params(group) for group in self.param_groups]
+            self._layers = GivenLayers(self.param_groups)
             for group in self.param_groups:
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)
@@ -148,6 +149,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self._layers.pair(self.param_groups)
 
     def _complete(self, group: dict[str, Any], old: dict[str, Any]) -> None:
         """Give a loaded group what was saved before an option existed, or by another optimizer, does not say."""
@@ -192,8 +194,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 "saved groups, load, and then say where AGR applies "
                 "(agr_hf.optim.param_groups.set_agr_flags(optimizer.param_groups, model))"
             )
-        for group, own in zip(groups, self.param_groups, strict=True):
+        for group, (own, layers) in zip(groups, self._layers.pair(self.param_groups), strict=True):
             kept = {key: own[key] for key in ("params", *IMPLEMENTATION_KEYS)}
+            if is_partitioned(own, layers):
+                kept["params"] = layers  # of which `agr` may have a list
             options: Mapping[str, Any] = self.options  # type: ignore[attr-defined]
             check_group({**own, **group, **kept}, f"the state that {name} loads", options, self.betas_count)
         ids = [i for group in groups for i in group["params"]]

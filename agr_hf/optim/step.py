@@ -17,13 +17,14 @@ from torch import Tensor
 
 from agr_hf.optim.backends import native
 from agr_hf.optim.backends.capture import check_graph_capture
-from agr_hf.optim.flattened import check_not_flat, check_not_flattened, describe_params
+from agr_hf.optim.flattened import check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
 from agr_hf.optim.shards import Scalar, local
 from agr_hf.optim.state import StatefulOptimizer
+from agr_hf.optim.zero import Partition, PartitionStep, is_partitioned
 
 if TYPE_CHECKING:
     from agr_hf.optim.backends.lists import Batch, Item
@@ -84,6 +85,8 @@ class StepOptimizer(StatefulOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self.plan: Plan | None = None
+        self.partition: Partition | None = None  # the parameters are pieces of layers in it
+        self._partitions: dict[int, PartitionStep] = {}  # by the id of the flat tensor, which it keeps
         self._clip_request: tuple[float, Tensor] | None = None  # of `clip_next_step`: the limit, and what gets the norm
 
     # ---- stated by a rule
@@ -118,7 +121,7 @@ class StepOptimizer(StatefulOptimizer):
             raise
         use_plain_numbers(group)
         group["decoupled_weight_decay"] = not self.l2_decay(group)
-        self._given_params.append(describe_params(group))
+        self._layers.add(group)
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -183,6 +186,15 @@ class StepOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        partitions = self._find_partitions()
+        if partitions is None:
+            self.take_step()
+        for group, partition in partitions or ():
+            partition.step(self, group)
+        return loss
+
+    def take_step(self) -> None:
+        """The step itself, without what torch's hooks add to `step`."""
         check_graph_capture(self)
         request = self._clip_request
         limits = [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in self.param_groups]
@@ -193,7 +205,7 @@ class StepOptimizer(StatefulOptimizer):
         signs: list[Scalar] = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
         # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
         sums, scales = None, signs
-        if clipping or plan.meshes:
+        if clipping or plan.is_sharded:
             sums, scales, norm = self._reduce(plan, signs, limits, clipping)
             if request is not None:
                 request[1].fill_(norm)
@@ -201,15 +213,45 @@ class StepOptimizer(StatefulOptimizer):
             if any(part.live):
                 part.update(sums, scales)
         self.after_step(plan)
-        return loss
 
     def after_step(self, plan: Plan) -> None:
         """What a rule says to the user of a step that is done."""
 
+    @torch._disable_dynamo
+    def _find_partitions(self) -> list[tuple[dict[str, Any], PartitionStep]] | None:
+        """What DeepSpeed ZeRO has put in the place of the layers, with the steps on it; None where the layers are there."""
+        if not is_deepspeed_here() or not (self.uses_norms or "agr" in self.defaults):
+            return None  # a rule without norms does not ask whose elements these are
+        pairs = self._layers.pair(self.param_groups)
+        if not any(is_partitioned(group, layers) for group, layers in pairs):
+            check_not_flattened(type(self).__name__, pairs)
+            return None
+        if self._clip_request or any(group["max_grad_norm"] is not None for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: DeepSpeed ZeRO steps one group after the other, so that none sees the norm of all "
+                'gradients; leave max_grad_norm=None and set "gradient_clipping" in DeepSpeed\'s configuration'
+            )
+        found = []
+        for group, layers in pairs:
+            for flat in group["params"]:
+                known = self._partitions.get(id(flat))
+                if known is None:
+                    known = self._partitions[id(flat)] = PartitionStep(self, group, flat, layers)
+                    self._init_partitions()
+                found.append((group, known))
+        return found
+
+    def _init_partitions(self) -> None:
+        """Make the state of all partitions: DeepSpeed links what is there after the step of the first group to its layers,
+        and universal checkpoints of the others would have none."""
+        for group, layers in self._layers.pairs:
+            for flat in group["params"] if is_partitioned(group, layers) else ():
+                if "step" not in self.state[flat]:
+                    self.init_state(flat, group)
+
     @torch._disable_dynamo  # torch.compile cannot trace identities and addresses
     def _look(self, clipping: bool) -> Plan:
         """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses."""
-        check_not_flattened(type(self).__name__, self.param_groups, self._given_params)
         present = Present(self.param_groups)
         if self.plan is None or not self.plan.fits(self, present):
             self.plan = None
@@ -235,7 +277,9 @@ class StepOptimizer(StatefulOptimizer):
         for part in plan.parts:
             part.add_sums(sums, signs, squares=clipping, coupled_only=False)
         late = plan.late if clipping else []
-        early = [] if not plan.meshes else [row.index for row in plan.rows if row.needs_norm and row.index not in late]
+        early = (
+            [] if not plan.is_sharded else [row.index for row in plan.rows if row.needs_norm and row.index not in late]
+        )
         plan.add_over_ranks([(sums.norms, early), (sums.squares, range(len(plan.rows)) if clipping else ())])
         if not clipping:
             return sums, list(signs), 0.0

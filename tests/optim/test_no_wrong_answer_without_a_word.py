@@ -612,7 +612,7 @@ def test_a_vector_that_the_user_puts_in_the_place_of_matrices_just_trains(name):
     assert (other < 1).all()
 
 
-@pytest.mark.parametrize("name", [*OURS, "attached"])
+@pytest.mark.parametrize("name", [*WITH_AGR, "adal", "attached"])  # others do not ask whose elements these are
 @pytest.mark.parametrize("after_a_step", [False, True])
 def test_layers_that_deepspeed_has_flattened_are_refused(name, after_a_step, monkeypatch):
     """Only DeepSpeed replaces layers by one flat tensor, and a process that it does so in has it imported."""

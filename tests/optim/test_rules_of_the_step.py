@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import sys
 
 import pytest
 import torch
@@ -168,19 +167,6 @@ def test_fsdp1_flat_parameters_are_refused_with_the_way_out(name):
     flat._is_flat_param = True
     with pytest.raises(ValueError, match="fully_shard"):
         make(name, [flat])
-
-
-@every_optimizer
-def test_layers_flattened_behind_the_optimizer_are_refused_with_the_way_out(name, monkeypatch):
-    """DeepSpeed ZeRO 1 and 2 put one flat fp32 partition in the place of a group's parameters."""
-    params = as_parameters(initial()[:4], torch.float32)
-    monkeypatch.setitem(sys.modules, "deepspeed", sys)
-    optimizer = make(name, params)
-    flat = torch.nn.Parameter(torch.cat([param.detach().flatten() for param in params]))
-    flat.grad = torch.ones_like(flat)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match="ZeRO"):
-        optimizer.step()
 
 
 def test_a_flattened_group_that_never_held_matrices_is_no_reason_to_refuse():
