@@ -10,10 +10,10 @@ from torch import Tensor
 
 from agr_hf.optim.flags import agr_flags, unwrapped
 from agr_hf.optim.flattened import GivenLayers, check_not_flat, check_not_flattened, is_deepspeed_here
-from agr_hf.optim.norms import l1_norms
+from agr_hf.optim.norms import check_dense_real, local_sums
 from agr_hf.optim.options import is_count
 from agr_hf.optim.psi import as_dtensor, shrink
-from agr_hf.optim.shards import local, reduced
+from agr_hf.optim.shards import add_over_shards, local, reduced
 from agr_hf.optim.step import StepOptimizer
 
 # Live handles: Psi of Psi is nobody's rule.
@@ -94,8 +94,17 @@ class AGRHandle:
 
     @torch.no_grad()
     def _regularize(self, params: list[Tensor]) -> None:
-        pairs = [(p, reduced(p.grad)) for p in params if p.grad is not None and p.ndim >= self.min_ndim]
-        for (param, grad), norm in zip(pairs, l1_norms([grad for _, grad in pairs]), strict=True):
+        params = [param for param in params if param.ndim >= self.min_ndim]
+        here = [(i, reduced(param.grad, param)) for i, param in enumerate(params) if param.grad is not None]
+        for _, grad in here:
+            check_dense_real(grad)
+        sums: list[Any] = [0.0] * len(params)
+        for (i, _), total in zip(here, local_sums([local(grad) for _, grad in here]), strict=True):
+            sums[i] = total
+        # Of all parameters, for ranks may have different gradients: what this one lacks counts as zero.
+        add_over_shards([(sums, range(len(params)))], params)
+        for i, grad in here:
+            param, norm = params[i], sums[i]
             shrunk = shrink(local(grad), norm, grad.numel())
             if grad is param.grad:
                 local(grad).copy_(shrunk)

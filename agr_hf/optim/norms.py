@@ -32,14 +32,18 @@ def l1_norms(grads: Iterable[Tensor]) -> list[Tensor]:
     grads = list(grads)
     for grad in grads:
         check_dense_real(grad)
-    sums: list[Scalar] = [0.0] * len(grads)
     wholes = [reduced(grad) for grad in grads]
-    for indices in by_device_and_dtype([local(grad) for grad in wholes]):
-        pieces = [local(wholes[i]) for i in indices]
-        for i, total in zip(indices, sums_of_pieces(pieces, 1), strict=True):
-            sums[i] = total
+    sums: list[Scalar] = [*local_sums([local(grad) for grad in wholes])]
     add_over_shards([(sums, range(len(sums)))], wholes)
     return sums  # type: ignore[return-value]
+
+
+def local_sums(grads: Sequence[Tensor]) -> list[Tensor]:
+    """sum|g| of what this rank holds, as 0-dim tensors of at least float32."""
+    sums: dict[int, Tensor] = {}
+    for indices in by_device_and_dtype(grads):
+        sums.update(zip(indices, sums_of_pieces([grads[i] for i in indices], 1), strict=True))
+    return [sums[i] for i in range(len(grads))]
 
 
 def check_dense_real(grad: object) -> None:

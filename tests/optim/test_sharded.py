@@ -297,6 +297,44 @@ def check_distributed_checkpoint():
         assert torch.equal(p, q)
 
 
+def check_gradients_that_not_every_rank_has():
+    """What a rank lacks counts as zero: sums of different tensors are never added up, and no rank waits for another."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, rank = init_device_mesh("cpu", (WORLD,)), dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    starts, grads = ([torch.randn(6, 4, generator=generator) for _ in range(3)] for _ in range(2))
+    owners = [(0,), (1,), (0, 1)]
+    for name in OURS:
+        for clip in (None, 0.5):
+            whole = [torch.nn.Parameter(start.clone()) for start in starts]
+            shards = [torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)])) for start in starts]
+            alone, laid_out = (OPTIMIZERS[name].cls(params, lr=1e-2, max_grad_norm=clip) for params in (whole, shards))
+            for p, q, grad, ranks in zip(whole, shards, grads, owners, strict=True):
+                halves = enumerate(grad.chunk(WORLD))
+                p.grad = torch.cat([half if r in ranks else torch.zeros_like(half) for r, half in halves])
+                q.grad = distribute_tensor(grad.clone(), mesh, [Shard(0)])
+                if rank not in ranks:
+                    q.grad = None
+            alone.step()
+            laid_out.step()
+            for p, q, start, ranks in zip(whole, shards, starts, owners, strict=True):
+                wanted = p.detach() if rank in ranks else start
+                torch.testing.assert_close(q.to_local().detach(), wanted.chunk(WORLD)[rank], rtol=1e-5, atol=1e-6)
+            if rank == 1:
+                laid_out.zero_grad()
+            laid_out.step()  # of which one rank has no gradient at all
+    whole = grads[0]
+    params = [torch.nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for start in starts[:2]]
+    params[rank].grad = distribute_tensor(whole.clone(), mesh, [Shard(0)])
+    attached = torch.optim.SGD(params, lr=1.0)
+    attach_agr(attached)
+    attached.step()
+    mine = whole.chunk(WORLD)[rank]
+    torch.testing.assert_close(params[rank].grad.to_local(), mine - mine.abs() / mine.abs().sum() * mine)
+
+
 def test_two_dimensions_of_a_mesh(tmp_path):
     spawn(check_two_dimensions, tmp_path, world=4)
 
@@ -305,6 +343,7 @@ def test_two_dimensions_of_a_mesh(tmp_path):
     "check",
     [
         check_distributed_checkpoint,
+        check_gradients_that_not_every_rank_has,
         check_meshes_of_other_ranks,
         check_states_laid_otherwise,
         check_norms_and_psi,
