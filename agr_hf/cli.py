@@ -77,6 +77,31 @@ def parser() -> argparse.ArgumentParser:
     script.add_argument("-m", dest="as_module", action="store_true", help="the target is a module")
     script.add_argument("target", help="path of a script, or name of a module behind -m; what follows is its own")
     script.set_defaults(run=run_script)
+    versus = commands.add_parser(
+        "compare",
+        help="does an optimizer help? paired seeds, intervals and a verdict",
+        usage="agr-hf compare TASK --optim NAME NAME ... --seeds N --output DIR [options] [-- ARGUMENT ...]",
+        epilog="Behind -- come arguments for the script. A comparison that was stopped goes on where it was; several "
+        "commands with one --output share its runs.",
+    )
+    versus.add_argument(
+        "task",
+        help="images, albert, ddpm, or the path of a script that takes --optim, --seed and --output_dir and writes "
+        'results.json with {"metrics": {...}} there',
+    )
+    versus.add_argument("--optim", nargs="+", required=True, metavar="NAME", help="what --optim of the script takes")
+    versus.add_argument("--seeds", type=count, required=True, help="seeds for each optimizer, counted from 0")
+    versus.add_argument("--output", type=Path, required=True, help="folder of the comparison")
+    versus.add_argument("--baseline", metavar="NAME", help="that others are compared with (the first of --optim)")
+    versus.add_argument(
+        "--set", action="append", default=[], metavar="ARGUMENT=VALUE,...", help="the whole comparison for each value"
+    )
+    versus.add_argument(
+        "--margin", type=float, default=0.2,
+        help="a difference that does not matter: points of metrics in percent, percent of the mean of others (%(default)s)",
+    )  # fmt: skip
+    versus.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
+    versus.set_defaults(run=run_compare)
     board = commands.add_parser("leaderboard", help="one table over runs, by task and optimizer")
     board.add_argument("runs", nargs="+", help="run folders, folders of them, or repositories on the Hub")
     board.set_defaults(run=run_leaderboard)
@@ -150,6 +175,22 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
     reproduce(arguments.source, arguments.output_dir, arguments.extra, revision=arguments.revision)
 
 
+def run_compare(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.compare import compare, plan_comparison, report
+
+    comparison = plan_comparison(
+        arguments.task,
+        arguments.optim,
+        arguments.seeds,
+        arguments.set,
+        arguments.margin,
+        arguments.baseline,
+        arguments.extra,
+    )
+    print("\n" + report(compare(comparison, arguments.output, workers=arguments.workers)))
+    print(f"Written to {arguments.output}: comparison.json, report.md, runs/")
+
+
 def run_script(arguments: argparse.Namespace) -> None:
     from agr_hf.integrations.run import run
 
@@ -185,7 +226,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what was asked, 1 with a sentence on stderr if it could not."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    again = argv[:1] in (["resume"], ["reproduce"])
+    again = argv[:1] in (["resume"], ["reproduce"], ["compare"])
     own, extra = argv, []
     if argv[:1] == ["run"]:
         # All behind the target is the script's, --help too.
