@@ -26,10 +26,10 @@ import agr_hf
 from agr_hf.files import replaced_folder
 from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR, TrainingTime
+from agr_hf.integrations.epochs import EpochOf
 from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
-from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.recipes import apply_recipe, refuse_data_parallel
 from agr_hf.tasks.runs import (
     dataset_of,

@@ -201,6 +201,24 @@ def main(argv=None):
             accelerator=accelerator,
         )
 
+    def save():
+        # One file holds the sum for all processes.
+        history.total = accelerator.reduce(history.total, "mean")
+        save_checkpoint(accelerator, output_dir, progress.step)
+
+    def log_epoch():
+        mean_loss = accelerator.reduce(history.total, "mean").item() / progress.batches
+        epoch, rate = progress.epoch + 1, lr_scheduler.get_last_lr()[0]
+        history.epochs.append({"epoch": epoch, "step": progress.step, "loss": mean_loss, "seconds": history.seconds})
+        accelerator.log({"loss": mean_loss, "learning_rate": rate}, progress.step)
+        accelerator.print(f"epoch {epoch}: loss {mean_loss:.4f}, {history.seconds:.0f} s")
+
+    def sample_grid(epoch):
+        grid = draw(args.num_grid_samples, args.seed)
+        if accelerator.is_main_process:
+            diffusion.write_grid(grid, output_dir / "samples" / f"epoch-{epoch:04d}.png")
+            diffusion.log_grid(accelerator, grid, progress.step)
+
     started = time.perf_counter() - history.seconds
     while progress.epoch < args.num_epochs and progress.step < steps:
         model.train()
@@ -231,29 +249,24 @@ def main(argv=None):
                 progress.step += 1
                 if progress.step % args.checkpointing_steps == 0 and progress.step < steps:
                     history.seconds = time.perf_counter() - started
-                    # One file holds the sum for all processes.
-                    history.total = accelerator.reduce(history.total, "mean")
-                    save_checkpoint(accelerator, output_dir, progress.step)
+                    save()
                 if progress.step == steps:
                     break
         history.seconds = time.perf_counter() - started
-        mean_loss = accelerator.reduce(history.total, "mean").item() / progress.batches
+        if progress.batches < len(loader):
+            break  # --max_train_steps ends within the epoch
+        log_epoch()
         progress.epoch, progress.batches = progress.epoch + 1, 0
-        history.epochs.append(
-            {"epoch": progress.epoch, "step": progress.step, "loss": mean_loss, "seconds": history.seconds}
-        )
         history.total.zero_()
-        accelerator.log({"loss": mean_loss, "learning_rate": lr_scheduler.get_last_lr()[0]}, progress.step)
-        accelerator.print(f"epoch {progress.epoch}: loss {mean_loss:.4f}, {history.seconds:.0f} s")
         finished = progress.epoch == args.num_epochs or progress.step == steps
         if progress.epoch % args.save_images_epochs == 0 or finished:
-            grid = draw(args.num_grid_samples, args.seed)
-            if accelerator.is_main_process:
-                diffusion.write_grid(grid, output_dir / "samples" / f"epoch-{progress.epoch:04d}.png")
-                diffusion.log_grid(accelerator, grid, progress.step)
+            sample_grid(progress.epoch)
         started = time.perf_counter() - history.seconds  # sampling is not training
 
-    save_checkpoint(accelerator, output_dir, progress.step)
+    save()
+    if progress.batches:  # of an epoch that a run with more steps goes on with: in the results, not in the checkpoint
+        log_epoch()
+        sample_grid(progress.epoch + 1)
     # Another seed than the grids': they are to be looked at during training, and these to be measured once.
     samples = draw(args.num_eval_samples, args.seed + 1) if args.num_eval_samples else None
     accelerator.wait_for_everyone()

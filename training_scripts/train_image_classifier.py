@@ -17,10 +17,10 @@ from transformers import HfArgumentParser, SchedulerType, Trainer, TrainingArgum
 import agr_hf
 from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR, TrainingTime
+from agr_hf.integrations.epochs import EpochOf
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
-from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.images import classification_metrics, hub_source, load_images
 from agr_hf.tasks.recipes import IMAGE_RECIPES, apply_recipe, given, refuse_data_parallel
 from agr_hf.tasks.runs import (

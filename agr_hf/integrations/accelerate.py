@@ -118,9 +118,13 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str]
     if accelerator.is_main_process:
         files = sorted(path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file())
         write_text(unfinished / MANIFEST, json.dumps(files) + "\n")
+        # Of the same step twice, the older one is there until the newer has its name: checkpoint-05 is one of step 5 too.
+        replaced = output_dir / f"checkpoint-0{step}"
         if finished.exists():
-            shutil.rmtree(finished)
+            _remove(replaced)
+            os.replace(finished, replaced)
         os.replace(unfinished, finished)
+        _remove(replaced)
         for number, later in numbered_checkpoints(output_dir):
             if number > step:
                 # Of a run that this one left behind when it was resumed from an older checkpoint.
@@ -128,11 +132,16 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str]
                 os.replace(later, aside)
                 logger.warning("%s is of later steps than this run has made, and is kept as %s", later, aside)
         for _, old in sorted(numbered_checkpoints(output_dir), reverse=True)[keep:]:
-            # Renamed first: a kill while files go must not leave a checkpoint with holes.
-            gone = old.with_name(f".unfinished-{old.name}")
-            os.replace(old, gone)
-            shutil.rmtree(gone)
+            _remove(old)
     accelerator.wait_for_everyone()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if there is one. Renamed first: a kill while files go must not leave one with holes."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(f".unfinished-{checkpoint.name}")
+        os.replace(checkpoint, gone)
+        shutil.rmtree(gone)
 
 
 def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: str | os.PathLike[str]) -> bool:
@@ -178,7 +187,10 @@ def state_fault(folder: Path) -> str | None:
     if not list(folder.glob("random_states_*.pkl")):
         return "random_states_0.pkl is missing"
     if (folder / MANIFEST).exists():
-        for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8")):
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return f"{MANIFEST} is no list of files"
+        for name in names:
             if not (folder / name).exists():
                 return f"{name} is missing"
     return None

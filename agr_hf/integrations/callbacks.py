@@ -23,7 +23,7 @@ from transformers import (
 
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
-from agr_hf.optim.flags import agr_flags, unwrapped
+from agr_hf.optim.flags import agr_flags, is_suspended, unwrapped
 from agr_hf.optim.options import is_at_least_zero
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 class SuspendAGR(TrainerCallback):
     """Stop applying AGR from an epoch on, to the end of the run (AGR paper, ablation, table 7).
 
-    It sets `agr=False` in every group, which optimizer checkpoints keep: a run resumed later stays suspended. The entry of
-    `log_history` at that step has `agr_suspended`, and the logger says so. It works for `attach_agr` too.
+    It sets `agr_suspended=True` in every group, which optimizer checkpoints keep: a run resumed later stays suspended, also
+    without the callback. A training that begins before `at_epoch` (another `train()` of the same Trainer, or a checkpoint
+    of a suspended run with a later `at_epoch`) begins with AGR. The entry of `log_history` at that step has
+    `agr_suspended`, and the logger says so. It works for `attach_agr` too.
 
     Args:
         at_epoch: epochs with AGR, such as 250 of 300; a fraction suspends within an epoch.
@@ -59,23 +61,30 @@ class SuspendAGR(TrainerCallback):
             logger.warning("SuspendAGR: %s has no AGR to suspend", type(optimizer).__name__)
         elif state.num_train_epochs <= self.at_epoch:
             logger.warning("SuspendAGR: the run ends before epoch %g, with AGR to its end", self.at_epoch)
+        suspended = [group for group in _groups_with_agr(optimizer) if is_suspended(group)]
+        if suspended and not self._is_due(state):
+            for group in suspended:
+                group["agr_suspended"] = False
+            logger.info("AGR, suspended before, is applied again until epoch %g", self.at_epoch)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Half a step of slack: epochs are sums of step fractions, and 249.99999 is epoch 250.
-        epoch = state.epoch or 0.0
-        slack = 0.5 * epoch / max(state.global_step, 1)
-        if self.suspended or epoch + slack < self.at_epoch:
+        if self.suspended or not self._is_due(state):
             return
-        optimizer = unwrapped(kwargs["optimizer"])
-        active = [group for group in _groups_with_agr(optimizer) if any(agr_flags(group))]
-        for group in active:
-            group["agr"] = False
+        groups = _groups_with_agr(unwrapped(kwargs["optimizer"]))
+        was_active = any(any(agr_flags(group)) and not is_suspended(group) for group in groups)
+        for group in groups:
+            group["agr_suspended"] = True
         self.suspended = True
-        if active:
+        if was_active:
             self._to_log = True
             logger.info("AGR is suspended from epoch %g, step %d on", self.at_epoch, state.global_step)
+
+    def _is_due(self, state: TrainerState) -> bool:
+        # Half a step of slack: epochs are sums of step fractions, and 249.99999 is epoch 250.
+        epoch = state.epoch or 0.0
+        return epoch + 0.5 * epoch / max(state.global_step, 1) >= self.at_epoch
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._to_log:
@@ -239,7 +248,21 @@ class SaveOptimizerState(TrainerCallback):
     """Write `optimizer.safetensors` and `optimizer.json` into each checkpoint, beside Trainer's own `optimizer.pt`.
 
     `agr_hf.integrations.checkpoints.load_optimizer` reads them back without pickle, on any machine.
+
+    Raises:
+        RuntimeError: a hyperparameter search begins a trial. Its checkpoints go into a folder of its own, which callbacks
+            are not told; trials would write over each other's state.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_hyper_param_search:
+            raise RuntimeError(
+                "SaveOptimizerState cannot take part in a hyperparameter search: a callback is not told the folder of its "
+                "trial; call trainer.remove_callback(SaveOptimizerState) before hyperparameter_search, Trainer's own "
+                "optimizer.pt is in each trial's checkpoints"
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"

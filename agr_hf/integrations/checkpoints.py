@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -23,44 +24,85 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_TABLE = "optimizer.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
-# FSDP and DeepSpeed keep model and optimizer in folders of their own.
-SHARDED = ("pytorch_model_fsdp_*", "optimizer_*", "global_step*")
+# FSDP's kinds, sharded and whole.
+FSDP_WEIGHTS = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin")
+FSDP_OPTIMIZER = ("optimizer_0", "optimizer.bin")
+WEIGHTS_ONLY = (
+    "it holds weights only (save_only_model=True), and neither optimizer, schedule nor random numbers; train on from its "
+    "weights with from_pretrained and another output_dir, or with trainer.train(resume_from_checkpoint=...), which goes on "
+    "at its step with a fresh optimizer and schedule"
+)
 
 
-def resolve_checkpoint(resume: str | bool | None, output_dir: str | os.PathLike[str] | None) -> str | None:
+def resolve_checkpoint(
+    resume: str | bool | None, output_dir: str | os.PathLike[str] | None, processes: int = 1
+) -> str | None:
     """What `--resume_from_checkpoint` means: "latest" is the last complete checkpoint of `output_dir`, or none yet.
 
     Args:
         resume: None, "latest", or the path of a checkpoint folder; True and False, as `Trainer.train` takes them, are
             "latest" and None.
         output_dir: where Trainer saves; None holds no checkpoint.
+        processes: of the run that resumes; see `latest_checkpoint`. Default 1.
 
     Returns:
         A path for `Trainer.train(resume_from_checkpoint=...)`, or None to start afresh.
 
     Raises:
-        ValueError: the named folder is no complete checkpoint; the message says what is wrong with which file.
+        ValueError: the named folder is no complete checkpoint, or the newest one holds weights only; the message says what
+            is wrong with which file.
     """
     if resume is None or resume is False:
         return None
     if resume == "latest" or resume is True:
-        found = None if output_dir is None else latest_checkpoint(output_dir)
-        return None if found is None else str(found)
-    fault = checkpoint_fault(resume)
+        found = None if output_dir is None else latest_checkpoint(output_dir, processes)
+        if found is None:
+            return None
+        resume = str(found)
+    else:
+        fault = checkpoint_fault(resume)
+        if fault:
+            raise ValueError(
+                f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
+            )
+    fault = _rank_states_fault(Path(resume), processes)
     if fault:
-        raise ValueError(
-            f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
+        logger.warning(
+            "%s is of fewer processes than %d, or one of them died while it saved (%s): what is drawn from here on is not "
+            "what a run never stopped draws",
+            resume,
+            processes,
+            fault,
         )
     return resume
 
 
-def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+def latest_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> Path | None:
     """The newest complete `checkpoint-N` under a folder, or None.
 
     A process killed while it saved leaves files missing or cut short, and Trainer's own "latest" would take them. Each
     newer checkpoint that is passed over is named in a warning with the file at fault, and left as it is.
+
+    Args:
+        output_dir: where Trainer saves.
+        processes: checkpoints with the random states of so many processes are preferred; where there is none, fewer
+            processes may have saved them, and the newest is taken. Default 1.
+
+    Raises:
+        ValueError: the newest one holds weights only. To start over would end in its deletion (`save_total_limit`).
     """
-    return newest_complete(Path(output_dir), checkpoint_fault)
+
+    def fault_of(folder: Path) -> str | None:
+        fault = checkpoint_fault(folder)
+        if fault == WEIGHTS_ONLY:
+            raise ValueError(f"cannot resume from {folder}: {fault}")
+        return fault
+
+    def strict_fault_of(folder: Path) -> str | None:
+        return fault_of(folder) or _rank_states_fault(folder, processes)
+
+    found = newest_complete(Path(output_dir), strict_fault_of)
+    return found or newest_complete(Path(output_dir), fault_of)
 
 
 def newest_complete(output_dir: Path, fault_of: Callable[[Path], str | None]) -> Path | None:
@@ -83,7 +125,7 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     """What keeps a Trainer checkpoint from being resumed, as a sentence, or None if it is complete.
 
     Every file is looked at: safetensors by their header and length, torch's files by the checksums of their archive, JSON
-    by parsing. Nothing is unpickled.
+    by parsing, the shards of FSDP by their length. No pickle gets to run anything.
     """
     folder = Path(folder)
     fault = folder_fault(folder)
@@ -93,28 +135,51 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     if not state.exists():
         return "trainer_state.json is missing"
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    step = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+    table = json.loads(state.read_text(encoding="utf-8"))
+    step = table.get("global_step") if isinstance(table, dict) else None
+    if not isinstance(step, int):
+        return "trainer_state.json holds no global_step"
     if match and step != int(match[1]):
         return f"trainer_state.json is of step {step}"
-    if any(path.is_dir() for pattern in SHARDED for path in folder.glob(pattern)):
+    if (folder / OPTIMIZER_TABLE).exists() and not _is_optimizer_table(folder / OPTIMIZER_TABLE):
+        return f"{OPTIMIZER_TABLE} is no table of save_optimizer"
+    if any(path.is_dir() for path in folder.glob("global_step*")):  # DeepSpeed's
         return None
-    weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
-    if weights is None:
-        return "model.safetensors is missing"
-    if weights.name.endswith(".index.json"):
+    names = {path.name for path in folder.iterdir()}
+    is_fsdp = not names.isdisjoint(FSDP_WEIGHTS + FSDP_OPTIMIZER)
+    weights, optimizer = (FSDP_WEIGHTS, FSDP_OPTIMIZER) if is_fsdp else (WEIGHTS, ("optimizer.pt",))
+    if names.isdisjoint(weights):
+        return f"{weights[0]} is missing"
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and "model.safetensors" not in names:
         try:
-            shards = shards_of(weights)
+            missing = set(shards_of(index)) - names
         except ValueError as error:
             return str(error)
-        for shard in shards:
-            if not (folder / shard).exists():
-                return f"{shard} is missing"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not (folder / name).exists():
-            return f"{name} is missing"
-    if not list(folder.glob("rng_state*.pth")):
+        if missing:
+            return f"{min(missing)} is missing"
+    if names.isdisjoint({*optimizer, "scheduler.pt"}) and not list(folder.glob("rng_state*.pth")):
+        return WEIGHTS_ONLY
+    for kinds in (optimizer, ("scheduler.pt",)):
+        if names.isdisjoint(kinds):
+            return f"{kinds[0]} is missing"
+    return _rank_states_fault(folder)
+
+
+def _rank_states_fault(folder: Path, processes: int = 1) -> str | None:
+    """The first of the processes' random states that is missing, as a sentence, or None.
+
+    Trainer's first process does not wait for the others before it writes `trainer_state.json`: one may have died before it
+    wrote its own. How many they were is not written down; they are taken for `processes`, or as many as the numbers say.
+    """
+    if (folder / "rng_state.pth").exists() or any(folder.glob("global_step*")):
+        return None
+    ranks = {int(path.stem.rpartition("_")[2]) for path in folder.glob("rng_state_[0-9]*.pth")}
+    if not ranks:
         return "rng_state.pth is missing"
-    return None
+    # On a host with a disk of its own they need not begin at 0.
+    needed = range(min(ranks) if processes == 1 else 0, max(processes, max(ranks) + 1))
+    return next((f"rng_state_{rank}.pth is missing" for rank in needed if rank not in ranks), None)
 
 
 def shards_of(index: Path) -> list[str]:
@@ -123,10 +188,20 @@ def shards_of(index: Path) -> list[str]:
     Raises:
         ValueError: it is no such index.
     """
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index.name} is no index of weights") from None
+    return sorted(set(weight_map_of(index).values()))
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """The file of each weight, by a `model.safetensors.index.json`.
+
+    Raises:
+        ValueError: it is no such index.
+    """
+    table = json.loads(index.read_text(encoding="utf-8"))
+    found = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index.name} is no index of weights")
+    return found
 
 
 def folder_fault(folder: Path) -> str | None:
@@ -137,7 +212,51 @@ def folder_fault(folder: Path) -> str | None:
         fault = file_fault(path)
         if fault:
             return f"{path.name} {fault}"
+        if path.is_dir() and re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+", path.name):
+            fault = _shards_fault(path)
+            if fault:
+                return f"{path.name}/{fault}"
     return None
+
+
+def _shards_fault(folder: Path) -> str | None:
+    """What is wrong with a folder of `torch.distributed.checkpoint`, as a sentence, or None: all files are there, as long as
+    its table says. They may be too large to be read whole by every process."""
+    metadata = folder / ".metadata"  # written last
+    if not metadata.exists():
+        return ".metadata is missing"
+    try:
+        with open(metadata, "rb") as file:
+            records = [record.state for record in _Records(file).load().state["storage_data"].values()]
+        ends = [(str(record["relative_path"]), record["offset"] + record["length"]) for record in records]
+    except Exception as error:  # an unpickler raises whatever the file makes it raise
+        return f".metadata is cut short or damaged ({error})"
+    for name, end in sorted(ends):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size < end:
+            return f"{name} is cut short"
+    return None
+
+
+class _Record:
+    """Stands for an object of any class in a pickle: its state, and nothing of the class."""
+
+    def __new__(cls, *args: Any) -> _Record:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Records(pickle.Unpickler):
+    """Reads a pickle without calling anything that it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Record
 
 
 def file_fault(path: Path) -> str | None:
@@ -212,6 +331,16 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
     write_text(folder / OPTIMIZER_TABLE, text + "\n")
 
 
+def _is_optimizer_table(path: Path) -> bool:
+    """Whether JSON has what `save_optimizer` writes."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(table, dict) or not isinstance(table.get("step"), str):
+        return False
+    groups, state = table.get("param_groups"), table.get("state")
+    entries = [*groups, *state.values()] if isinstance(groups, list) and isinstance(state, dict) else [None]
+    return all(isinstance(entry, dict) for entry in entries)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str]) -> None:
     """Load what `save_optimizer` wrote into an optimizer over the same parameters and groups. Nothing is unpickled.
 
@@ -228,6 +357,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
         fault = file_fault(folder / name)
         if fault:
             raise ValueError(f"{folder / name} {fault}")
+    if not _is_optimizer_table(folder / OPTIMIZER_TABLE):
+        raise ValueError(f"{folder / OPTIMIZER_TABLE} is no table of save_optimizer")
     table = json.loads((folder / OPTIMIZER_TABLE).read_text(encoding="utf-8"))
     with safe_open(folder / OPTIMIZER_TENSORS, framework="pt") as file:
         if (file.metadata() or {}).get("step") != table["step"]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from agr_hf.integrations.random_states import kept_random_states
 from agr_hf.optim.adal import AdaL
 
 if TYPE_CHECKING:
@@ -69,17 +69,13 @@ def _losses(model: torch.nn.Module, dataloader: Any) -> tuple[torch.Tensor, torc
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Run a model in eval mode, and leave its modes and every random state as they were."""
-    import numpy
-
     modes = {module: module.training for module in model.modules()}
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    devices = {param.device for param in model.parameters()}
     try:
-        with torch.random.fork_rng():
+        with kept_random_states(devices):
             model.eval()
             yield
     finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
         for module, training in modes.items():
             module.training = training
 

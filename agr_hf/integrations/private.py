@@ -1,4 +1,4 @@
-"""Every touch of a private attribute of transformers, timm or torch's optimizers and loss scalers.
+"""Every touch of a private attribute of transformers, timm or torch's optimizers, loss scalers and data loaders.
 
 There is no public registry for Trainer's optimizer names, no place where timm shows an optimizer the model, and none where
 Trainer lets an optimizer clip. What is relied on here is checked first; where a version lacks it, a sentence names the route
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader, Dataset
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,19 @@ def move_trainer_clipping(clip_in_step: Callable[[Any, Any, Iterable[Tensor], fl
         return own_measure(self, model, grad_norm=grad_norm)
 
     Trainer._clip_grad_norm, Trainer._get_grad_norm = _clip_grad_norm, _get_grad_norm  # type: ignore[method-assign]
+
+
+def set_loader_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> None:
+    """Give a loader that was made already another data set of the same length and order; torch's own setter refuses it."""
+    object.__setattr__(loader, "dataset", dataset)
+
+
+def rank_states_saver(trainer: Trainer) -> str | None:
+    """The name of Trainer's method that writes a process's random states, before the first one writes
+    `trainer_state.json`; None where this transformers has none."""
+    name = "_save_rng_state"
+    method = getattr(trainer, name, None)
+    return name if method and list(inspect.signature(method).parameters) == ["output_dir"] else None
 
 
 def has_step_pre_hooks(optimizer: torch.optim.Optimizer) -> bool:

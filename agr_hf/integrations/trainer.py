@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from agr_hf.integrations import private
-from agr_hf.integrations.checkpoints import resolve_checkpoint
+from agr_hf.integrations.checkpoints import resolve_checkpoint, weight_map_of
 from agr_hf.integrations.clipping import clip_in_step
+from agr_hf.integrations.random_states import kept_random_states
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
 from agr_hf.optim.shards import is_dtensor
@@ -117,12 +118,17 @@ def trainer_optimizer(
 def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
     """`trainer.train(resume_from_checkpoint=...)` that resumes from what is complete, and completely.
 
-    Four things go wrong without it. Trainer's own "latest" takes a checkpoint that a kill left half-written. For models
-    whose files name weights otherwise than the model does (ViT and many others in transformers 5), Trainer loads what it
-    finds by name, warns of missing keys and trains on from fresh weights (transformers #43701). An evaluation takes from the
-    random numbers of the training, so that a run resumed from a checkpoint before it trains otherwise; here it does not, and
-    the run never stopped is to be trained by this function too. And a run with `max_steps` that is finished takes one step
-    more.
+    These go wrong without it:
+
+    - Trainer's own "latest" takes a checkpoint that a kill left half-written. One of several processes may die before it
+      wrote its random states, and the checkpoint looks complete: here the first process waits for the others.
+    - For models whose files name weights otherwise than the model does (ViT and many others in transformers 5), Trainer
+      loads what it finds by name, warns of missing keys and trains on from fresh weights (transformers #43701).
+    - What a collator masks and a transform crops is drawn anew in the rest of an epoch: see
+      `agr_hf.integrations.epochs.SeededDraws`. An evaluation takes from the random numbers of the training, so that a run
+      resumed from a checkpoint before it trains otherwise. Here neither is so, and the run never stopped is to be trained
+      by this function too.
+    - A run with `max_steps` that is finished takes one step more.
 
     Args:
         trainer: ready to train.
@@ -130,27 +136,72 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
             fresh start where there is none); True is "latest".
 
     Raises:
-        ValueError: the named checkpoint is not complete; the message says what is wrong with which file.
+        ValueError: the named checkpoint is not complete, or the newest one holds weights only; the message says what is
+            wrong with which file.
     """
-    checkpoint = resolve_checkpoint(resume_from_checkpoint, trainer.args.output_dir)
-    evaluate = trainer.evaluate
+    from agr_hf.integrations.epochs import SeededDraws
+
+    args = trainer.args
+    # Without a disk that all share, each host has the random states of its own processes only.
+    processes = 1 if args.save_on_each_node else args.world_size
+    checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir, processes)
+    evaluate, get_loader = trainer.evaluate, trainer.get_train_dataloader
+    draws = SeededDraws(args.seed)
 
     def evaluate_apart(*args: Any, **kwargs: Any) -> dict[str, float]:
-        with torch.random.fork_rng(devices=[]):
+        with kept_random_states(_devices_of(trainer)):
             return evaluate(*args, **kwargs)
+
+    def seeded_loader() -> DataLoader[Any]:
+        loader = get_loader()
+        if not draws.seed_loader(loader) and checkpoint and (_state_of(checkpoint).get("epoch") or 0) % 1:
+            logger.warning(
+                "%s ends within an epoch, and the training data are a stream or come from a loader of another kind: what is "
+                "drawn in the rest of the epoch is not what a run never stopped draws; save at the ends of epochs",
+                checkpoint,
+            )
+        return loader
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(trainer, "evaluate", evaluate_apart))
-        if checkpoint is None:
-            return trainer.train()
-        callback = _load_weights_callback(checkpoint)
-        if 0 < trainer.args.max_steps <= _steps_of(checkpoint):
-            # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
-            empty: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type]
-            stack.enter_context(_replaced(trainer, "get_train_dataloader", lambda: empty))
-        trainer.add_callback(callback)
-        stack.callback(trainer.remove_callback, callback)
+        stack.enter_context(_replaced(trainer, "get_train_dataloader", seeded_loader))
+        if args.world_size > 1:
+            stack.enter_context(_waiting_for_rank_states(trainer))
+        callbacks: list[TrainerCallback] = [draws]
+        if checkpoint is not None:
+            callbacks.append(_load_weights_callback(checkpoint))
+            if 0 < args.max_steps <= _state_of(checkpoint)["global_step"]:
+                # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
+                empty: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type]
+                stack.enter_context(_replaced(trainer, "get_train_dataloader", lambda: empty))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+            stack.callback(trainer.remove_callback, callback)
         return trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _devices_of(trainer: Trainer) -> list[torch.device]:
+    """Whose generators a forward pass may draw from: with DataParallel those of several devices."""
+    device, count = trainer.args.device, trainer.args.n_gpu
+    return [torch.device(device.type, index) for index in range(count)] if count > 1 else [device]
+
+
+def _waiting_for_rank_states(trainer: Trainer) -> AbstractContextManager[None]:
+    """`trainer_state.json` is written when every process has written its random states, and not before."""
+    name = private.rank_states_saver(trainer)
+    if name is None:
+        logger.warning(
+            "this transformers does not say where it writes the random states of each process: a process that dies in a "
+            "save may leave a checkpoint that looks complete, and a run resumed from it draws other random numbers"
+        )
+        return nullcontext()
+    save = getattr(trainer, name)
+
+    def save_and_wait(output_dir: str) -> None:
+        save(output_dir)
+        trainer.accelerator.wait_for_everyone()
+
+    return _replaced(trainer, name, save_and_wait)
 
 
 @contextmanager
@@ -167,8 +218,9 @@ def _replaced(trainer: Trainer, method: str, function: Callable[..., Any]) -> It
             setattr(trainer, method, before)
 
 
-def _steps_of(checkpoint: str) -> int:
-    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+def _state_of(checkpoint: str) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state
 
 
 def _load_weights_callback(checkpoint: str) -> TrainerCallback:
@@ -190,11 +242,14 @@ def load_renamed_weights(model: torch.nn.Module, checkpoint: str) -> bool:
     from safetensors import safe_open
     from transformers import PreTrainedModel
 
-    path = Path(checkpoint) / "model.safetensors"
-    if not isinstance(model, PreTrainedModel) or not path.exists():
+    path, index = Path(checkpoint) / "model.safetensors", Path(checkpoint) / "model.safetensors.index.json"
+    if not isinstance(model, PreTrainedModel) or not (path.exists() or index.exists()):
         return False
-    with safe_open(path, framework="pt") as file:
-        saved = set(file.keys())
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+    else:
+        saved = set(weight_map_of(index))
     if saved <= set(model.state_dict()):
         return False
     if any(is_dtensor(param) for param in model.parameters()):

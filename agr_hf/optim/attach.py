@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from agr_hf.optim.flags import agr_flags, unwrapped
+from agr_hf.optim.flags import agr_flags, is_suspended, unwrapped
 from agr_hf.optim.flattened import GivenLayers, check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.norms import check_dense_real, local_sums
 from agr_hf.optim.options import is_count
@@ -86,7 +86,7 @@ class AGRHandle:
         skipped = found_inf is not None and bool(found_inf)
         for group in optimizer.param_groups:
             done = group["agr_step"]
-            if self.steps is None or done < self.steps:
+            if not is_suspended(group) and (self.steps is None or done < self.steps):
                 active += [param for param, flag in zip(group["params"], agr_flags(group), strict=True) if flag]
             if not skipped and (has_closure or any(param.grad is not None for param in group["params"])):
                 group["agr_step"] = done + 1

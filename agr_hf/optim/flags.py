@@ -21,6 +21,12 @@ def agr_flags(group: Mapping[str, Any]) -> list[bool]:
     return list(flags)
 
 
+def is_suspended(group: Mapping[str, Any]) -> bool:
+    """Whether AGR is not applied in a group for now, whatever its `agr` says: `SuspendAGR` turns it on again with the key
+    `agr_suspended`, on the layers that it was on."""
+    return bool(group.get("agr_suspended"))
+
+
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper, or the optimizer itself."""
     inner = getattr(optimizer, "optimizer", None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from agr_hf.optim.backends import native
 from agr_hf.optim.backends.lists import ListsPart
-from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.flags import agr_flags, is_suspended
 from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.part import PLAIN_TYPES, Part, Present, Row
 from agr_hf.optim.shards import Scalar, add_over_shards, is_dtensor
@@ -160,7 +160,7 @@ class Plan:
 
 def is_active(group: dict[str, Any]) -> bool:
     """Whether AGR is not suspended in a group."""
-    return group.get("agr_steps") is None or group["agr_step"] < group["agr_steps"]
+    return not is_suspended(group) and (group.get("agr_steps") is None or group["agr_step"] < group["agr_steps"])
 
 
 def plan_key(optimizer: StepOptimizer) -> list[Any]:

@@ -78,7 +78,7 @@ class StepOptimizer(StatefulOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {key: option.default for key, option in self.options.items()} | options
         if "agr" in defaults:
-            defaults["agr_step"] = 0
+            defaults |= {"agr_step": 0, "agr_suspended": False}
         self._reset()
         super().__init__(params, defaults)
 

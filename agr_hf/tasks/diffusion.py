@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.files import replaced_file
+from agr_hf.integrations.random_states import mixed_seed
 from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
-from agr_hf.tasks.epochs import mixed_seed
 
 # What all of them share: the sinusoidal embedding and the constants of Ho et al.'s TensorFlow code, as diffusers converted
 # them for google/ddpm-cifar10-32.

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from agr_hf.integrations.epochs import EpochData
+from agr_hf.integrations.random_states import mixed_seed
 from agr_hf.tasks.digits import load_digits
-from agr_hf.tasks.epochs import EpochData, mixed_seed
 
 logger = logging.getLogger(__name__)
 

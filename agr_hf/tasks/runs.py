@@ -228,11 +228,15 @@ def dataset_of(
     }  # fmt: skip
 
 
+# What a group holds besides the hyperparameters of the run.
+NO_OPTIONS = ("params", "agr", "agr_step", "agr_suspended", "initial_lr")
+
+
 def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Every hyperparameter of each parameter group, at the start of its schedule; and what the group holds."""
     found = []
     for group in unwrapped(optimizer).param_groups:
-        values = {key: value for key, value in group.items() if key not in ("params", "agr", "agr_step", "initial_lr")}
+        values = {key: value for key, value in group.items() if key not in NO_OPTIONS}
         values["lr"] = group.get("initial_lr", group["lr"])
         if "agr" in group:
             values["agr"] = f"{sum(agr_flags(group))} of {len(group['params'])} tensors"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from agr_hf.integrations.epochs import EpochData
 from agr_hf.metrics import metric_path
-from agr_hf.tasks.epochs import EpochData
 from agr_hf.tasks.text import Article, split_sentences
 
 if TYPE_CHECKING:

@@ -1,6 +1,9 @@
 """The example loop: resumed bits, two processes against one, loss scaling."""
 
+import itertools
+import os
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from launching import exit_code, run_module
 from safetensors.torch import load
 
 from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
-from agr_hf.integrations.accelerate import ema_of, load_checkpoint, save_checkpoint
+from agr_hf.integrations.accelerate import ema_of, latest_state, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 LOOP = ROOT / "training_scripts/accelerate_loop.py"
@@ -110,6 +113,54 @@ def test_models_saved_by_a_hook_of_the_user_count_as_complete_and_missing_files_
 def test_a_loop_resumed_behind_the_last_batch_of_an_epoch_goes_on(tmp_path):
     whole = loop(tmp_path, "--save_steps", 16)  # of 16 an epoch
     assert_same_bits(whole, loop(tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-16"))
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_its_step(tmp_path, monkeypatch):
+    """A run that is finished and resumed saves its last step again; each rename and removal is a moment to die at."""
+
+    class Killed(BaseException):
+        pass
+
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
+    accelerator.prepare(model)
+    done = itertools.count()
+
+    def dies_at(moment, function):
+        def call(*args, **kwargs):
+            if next(done) == moment:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for moment in itertools.count():
+        folder = tmp_path / str(moment)
+        save_checkpoint(accelerator, folder, 5, keep=1)
+        done = itertools.count()
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (shutil, "rmtree")):
+                patch.setattr(module, name, dies_at(moment, getattr(module, name)))
+            try:
+                save_checkpoint(accelerator, folder, 5, keep=1)
+            except Killed:
+                found = latest_state(folder)
+                assert found is not None, f"nothing to resume from after a kill at moment {moment}"
+                assert int(found.name.removeprefix("checkpoint-")) == 5
+                save_checkpoint(accelerator, folder, 5, keep=1)
+                found = None
+            assert [path.name for path in folder.iterdir()] == ["checkpoint-5"]
+            if next(done) <= moment:
+                break
+    assert moment > 3
+
+
+@pytest.mark.parametrize("text", ["null", "3", "[1]"])
+def test_a_table_of_files_that_is_none_is_a_fault(text, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    save_checkpoint(accelerator, tmp_path, 1)
+    (tmp_path / "checkpoint-1/files.json").write_text(text)
+    assert not load_checkpoint(accelerator, "latest", tmp_path)
 
 
 def test_a_failing_save_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):

@@ -13,7 +13,13 @@ from transformers import TrainerCallback
 import agr_hf
 import agr_hf.integrations.callbacks as callbacks_module
 from agr_hf import AdaL, AGRAdamW, agr_param_groups, attach_agr, create_optimizer
-from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR, TrainingTime
+from agr_hf.integrations.callbacks import (
+    GradientScaleCheck,
+    GradientStatistics,
+    SaveOptimizerState,
+    SuspendAGR,
+    TrainingTime,
+)
 from agr_hf.integrations.trainer import train
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
@@ -33,7 +39,7 @@ class Flags(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         groups = kwargs["optimizer"].param_groups
-        self.on.append(any(any(agr_flags(group)) for group in groups))
+        self.on.append(any(any(agr_flags(group)) and not group.get("agr_suspended") for group in groups))
 
 
 @pytest.mark.parametrize(("at_epoch", "steps_with_agr"), [(2, 16), (0, 0), (1.5, 12), (2.5, 20)])
@@ -61,6 +67,57 @@ def test_a_run_resumed_after_the_suspension_stays_suspended(tmp_path):
         assert flags.on == [False] * 4
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_suspension_ends_with_its_training(attached, tmp_path):
+    flags, model = Flags(), small_model()
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=12)
+    optimizer = torch.optim.SGD(agr_param_groups(model), lr=0.1) if attached else None
+    if attached:
+        attach_agr(optimizer)
+    trainer = trainer_of(model, args, optimizers=(optimizer, None), callbacks=[SuspendAGR(at_epoch=1), flags])
+    for _ in range(2):  # with one optimizer, which Trainer keeps
+        flags.on.clear()
+        trainer.train()
+        assert flags.on == [True] * 8 + [False] * 4
+
+
+@pytest.mark.parametrize("flags_of_groups", ["by layer type", "as agr_param_groups has them"])
+def test_a_later_epoch_applies_agr_again_where_the_checkpoint_suspended_it(flags_of_groups, tmp_path):
+    def trainer(at_epoch, folder, **options):
+        flags, model = Flags(), small_model()
+        args = arguments(tmp_path / folder, optim="agr_adamw", max_steps=16, save_strategy="steps", **options)
+        optimizer = None
+        if flags_of_groups != "by layer type":
+            optimizer = AGRAdamW(agr_param_groups(model), lr=3e-3)
+        return trainer_of(model, args, optimizers=(optimizer, None), callbacks=[SuspendAGR(at_epoch), flags]), flags
+
+    def where(trainer):
+        return [agr_flags(group) for group in trainer.optimizer.param_groups]
+
+    early, _ = trainer(1, "early", save_steps=12)
+    early.train()
+    late, flags = trainer(1.75, "late", save_steps=50)
+    train(late, str(tmp_path / "early/checkpoint-12"))
+    assert flags.on == [True] * 2 + [False] * 2
+    whole, _ = trainer(3, "whole", save_steps=50)
+    whole.train()
+    assert where(late) == where(whole)  # on the layers that it was on
+
+
+def test_optimizer_state_of_a_search_is_refused_before_a_trial_trains(tmp_path):
+    """Trials would write into one folder; a callback is not told that of its trial."""
+
+    class Search(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_hyper_param_search = True
+
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = trainer_of(small_model(), args, callbacks=[Search(), SaveOptimizerState()])
+    with pytest.raises(RuntimeError, match="SaveOptimizerState cannot take part in a hyperparameter search"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_suspension_of_an_optimizer_without_agr_is_said(tmp_path, caplog):
     trainer_of(small_model(), arguments(tmp_path, max_steps=2), callbacks=[SuspendAGR(at_epoch=0)]).train()
     assert "AdamW has no AGR to suspend" in caplog.text
@@ -73,7 +130,7 @@ def test_suspension_reaches_attached_psi(tmp_path):
     trainer_of(
         model, arguments(tmp_path, max_steps=3), optimizers=(optimizer, None), callbacks=[SuspendAGR(at_epoch=0)]
     ).train()
-    assert not any(group["agr"] for group in optimizer.param_groups)
+    assert all(group["agr_suspended"] for group in optimizer.param_groups)
 
 
 def test_suspension_reaches_psi_attached_to_groups_that_do_not_know_agr(tmp_path):

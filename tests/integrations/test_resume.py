@@ -1,13 +1,19 @@
 """Resume: the same bits as never having stopped; the last complete checkpoint; optimizer state without pickle."""
 
+import itertools
 import json
 import logging
+import pickle
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from safetensors.torch import load_file
 from small import arguments, same_bits, small_data, small_model, trainer_of
+from torch.distributed.checkpoint import FileSystemWriter
 
 import agr_hf
 from agr_hf import AGRAdamW, agr_param_groups, create_optimizer, list_optimizers
@@ -78,6 +84,19 @@ def test_without_our_loading_trainer_trains_on_from_fresh_weights(tmp_path):
         assert not same_bits(whole.model, resumed.model)
 
 
+def test_renamed_weights_in_several_files_are_loaded(tmp_path):
+    whole = job(tmp_path, "agr_adamw")
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-15"
+    model = small_model(seed=1).from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, max_shard_size="5KB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    resumed = job(tmp_path, "agr_adamw")
+    train(resumed, str(checkpoint))
+    assert same_bits(whole.model, resumed.model)
+
+
 def checkpoints(folder, *steps):
     """Real ones, of one short run."""
     job(folder, "agr_adamw", max_steps=max(steps), callbacks=[SaveOptimizerState()]).train()
@@ -101,9 +120,9 @@ def damaged(run, tmp_path, name, damage):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     path = folder / "checkpoint-10" / name
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     if damage == "missing":
-        path.unlink()
+        path.unlink() if path.is_file() else shutil.rmtree(path)
     else:
         path.write_bytes(content[: {"empty": 0, "half": len(content) // 2, "one byte less": len(content) - 1}[damage]])
     return folder
@@ -161,6 +180,138 @@ def test_a_checkpoint_of_sharded_weights_needs_every_shard(run, tmp_path):
     assert checkpoint_fault(folder) == "model-00002-of-00002.safetensors is missing"
     shutil.copy(run / "checkpoint-10/model.safetensors", folder / "model-00002-of-00002.safetensors")
     assert checkpoint_fault(folder) is None
+
+
+def test_random_states_of_every_process_are_asked_for(run, tmp_path, caplog):
+    """A process that died before it wrote its own leaves the others' files, and `trainer_state.json` of the first."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for step, ranks in ((5, (0, 1, 2, 3)), (10, (0, 1, 2))):
+        state = folder / f"checkpoint-{step}/rng_state.pth"
+        for rank in ranks:
+            shutil.copy(state, state.with_name(f"rng_state_{rank}.pth"))
+        state.unlink()
+    assert latest_checkpoint(folder, processes=4) == folder / "checkpoint-5"
+    assert "checkpoint-10 is passed over: rng_state_3.pth is missing" in caplog.text
+    assert latest_checkpoint(folder, processes=3) == latest_checkpoint(folder) == folder / "checkpoint-10"
+    assert resolve_checkpoint("latest", folder, processes=4) == str(folder / "checkpoint-5")
+    caplog.clear()
+    # More processes than any checkpoint was saved by: their weights and moments are whole.
+    assert latest_checkpoint(folder, processes=8) == folder / "checkpoint-10"
+    assert "is of fewer processes than" not in caplog.text
+    assert resolve_checkpoint("latest", folder, processes=8) == str(folder / "checkpoint-10")
+    assert "checkpoint-10 is of fewer processes than 8, or one of them died while it saved" in caplog.text
+    assert resolve_checkpoint(str(folder / "checkpoint-10"), folder, processes=4) == str(folder / "checkpoint-10")
+    assert "checkpoint-10 is of fewer processes than 4, or one of them died while it saved" in caplog.text
+    (folder / "checkpoint-10/rng_state_1.pth").unlink()
+    assert checkpoint_fault(folder / "checkpoint-10") == "rng_state_1.pth is missing"
+
+
+@pytest.mark.parametrize("resume", ["latest", "checkpoint-4"])
+def test_weights_without_the_rest_are_refused_and_kept(resume, tmp_path):
+    """Trainer would go on with a fresh schedule; starting over would end with their deletion."""
+    options = {"optim": "agr_adamw", "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    args = arguments(tmp_path, max_steps=4, save_only_model=True, **options)
+    trainer_of(small_model(), args).train()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    trainer = trainer_of(small_model(), arguments(tmp_path, max_steps=8, save_only_model=True, **options))
+    with pytest.raises(ValueError, match=r"checkpoint-4: it holds weights only \(save_only_model=True\)"):
+        train(trainer, resume if resume == "latest" else str(tmp_path / resume))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    shutil.rmtree(tmp_path / "checkpoint-4/")
+    args = arguments(tmp_path, max_steps=4, **options)
+    trainer_of(small_model(), args).train()
+    assert resolve_checkpoint("latest", tmp_path) == str(tmp_path / "checkpoint-4")  # the older one is no obstacle
+
+
+@pytest.fixture(scope="module")
+def sharded_run(run, tmp_path_factory):
+    """The same two checkpoints in the files of FSDP2's sharded kind."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    shutil.copytree(run, folder)
+    for checkpoint in folder.iterdir():
+        for whole, key, part in (
+            ("model.safetensors", "model", "pytorch_model_fsdp_0"),
+            ("optimizer.pt", "optimizer", "optimizer_0"),
+        ):
+            path = checkpoint / whole
+            state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            writer = FileSystemWriter(checkpoint / part, thread_count=2)
+            torch.distributed.checkpoint.save({key: state}, storage_writer=writer)
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product(["pytorch_model_fsdp_0", "optimizer_0"], ["missing"]),
+        *itertools.product(
+            ["pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_1.distcp", "optimizer_0/.metadata"],
+            ["missing", "empty", "half", "one byte less"],
+        ),
+    ],
+)
+def test_a_damaged_sharded_checkpoint_is_named_and_passed_over(sharded_run, tmp_path, caplog, name, damage):
+    assert latest_checkpoint(sharded_run) == sharded_run / "checkpoint-10"
+    folder = damaged(sharded_run, tmp_path, name, damage)
+    assert latest_checkpoint(folder) == folder / "checkpoint-5"
+    assert f"checkpoint-10 is passed over: {name}" in caplog.text
+
+
+def test_whole_files_of_fsdp_are_a_checkpoint_too(run, tmp_path):
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(run / "checkpoint-10", folder)
+    (folder / "optimizer.pt").rename(folder / "optimizer.bin")
+    assert checkpoint_fault(folder) == "pytorch_model_fsdp_0 is missing"
+    shutil.copy(folder / "optimizer.bin", folder / "pytorch_model_fsdp.bin")
+    assert checkpoint_fault(folder) is None
+    (folder / "optimizer.bin").unlink()
+    assert checkpoint_fault(folder) == "optimizer_0 is missing"
+
+
+def test_metadata_of_a_sharded_checkpoint_runs_no_code(sharded_run, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "boom",))
+
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(sharded_run / "checkpoint-10", folder)
+    (folder / "optimizer_0/.metadata").write_bytes(pickle.dumps(Bomb()))
+    assert checkpoint_fault(folder).startswith("optimizer_0/.metadata is cut short or damaged")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", '"text"', '{"global_step": "10"}', '{"global_step": null}'])
+def test_json_that_is_no_trainer_state_is_passed_over(run, tmp_path, text):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "checkpoint-10/trainer_state.json").write_text(text)
+    assert latest_checkpoint(folder) == folder / "checkpoint-5"
+    with pytest.raises(ValueError, match="checkpoint-10: trainer_state.json holds no global_step"):
+        resolve_checkpoint(str(folder / "checkpoint-10"), folder)
+
+
+@pytest.mark.parametrize("key", ["step", "state", "param_groups", None])
+def test_an_optimizer_table_that_lacks_something_is_passed_over(run, tmp_path, key):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    path = folder / "checkpoint-10/optimizer.json"
+    table = json.loads(path.read_text())
+    path.write_text("null" if key is None else json.dumps({k: v for k, v in table.items() if k != key}))
+    assert latest_checkpoint(folder) == folder / "checkpoint-5"
+    optimizer = trainer_of(small_model(), arguments(run, optim="agr_adamw")).create_optimizer()
+    with pytest.raises(ValueError, match="optimizer.json is no table of save_optimizer"):
+        load_optimizer(optimizer, folder / "checkpoint-10")
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"weight_map": {"a": 1}}'])
+def test_json_that_is_no_index_of_weights_is_a_fault(run, tmp_path, text):
+    folder = tmp_path / "checkpoint-10"
+    shutil.copytree(run / "checkpoint-10", folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert checkpoint_fault(folder) == "model.safetensors.index.json is no index of weights"
 
 
 def test_a_state_of_another_step_is_found(run, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from agr_hf.integrations.epochs import EpochOf
 from agr_hf.metrics import metric_path
-from agr_hf.tasks.epochs import EpochOf
 from agr_hf.tasks.sentence_order import (
     PretrainingCollator,
     SentenceChunks,

@@ -108,6 +108,21 @@ def test_a_resumed_run_has_the_bits_of_one_never_stopped(tmp_path, monkeypatch):
     assert not torch.equal(weights(tmp_path / "other")["conv_in.weight"], expected["conv_in.weight"])
 
 
+def test_a_run_stopped_within_an_epoch_goes_on_from_there(tmp_path):
+    options = [*SHORT, "--max_train_images", 96, "--num_epochs", 2, "--train_batch_size", 16]
+    whole = train(tmp_path / "whole", *options)
+    for _ in range(2):  # resumed with the same arguments it is finished, and says the same
+        short = train(tmp_path / "short", *options, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+        assert [(epoch["epoch"], epoch["step"]) for epoch in short["epochs"]] == [(1, 4)]
+        assert short["metrics"]["loss"] == short["epochs"][0]["loss"] > 0
+    assert (tmp_path / "short/samples/epoch-0001.png").exists()
+    resumed = train(tmp_path / "short", *options, "--resume_from_checkpoint", "latest")
+    assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "short"))
+    for run in (whole, resumed):
+        assert [(epoch["epoch"], epoch["step"]) for epoch in run["epochs"]] == [(1, 6), (2, 12)]
+    assert [epoch["loss"] for epoch in resumed["epochs"]] == [epoch["loss"] for epoch in whole["epochs"]]
+
+
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_takes_steps(name, tmp_path):
     options = [*SHORT, "--optim", name, "--max_train_images", 64, "--train_batch_size", 16, "--num_epochs", 1]
