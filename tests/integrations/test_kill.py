@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import signal
+import socket
 import time
 
 import killed_job
@@ -39,6 +40,26 @@ def wait_for_a_save(process, run, known):
         time.sleep(0.0005)
 
 
+def same_ends(tmp_path):
+    one, other = (load((tmp_path / name / "end.safetensors").read_bytes()) for name in ("whole", "killed"))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def exit_codes_of_two_ranks(folder, dies_at=None):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = multiprocessing.get_context("forkserver")
+    ranks = [processes.Process(target=killed_job.run_rank, args=(folder, rank, port, dies_at)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()  # where it hangs
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
 def survive(tmp_path, kills):
     whole = start(tmp_path / "whole")
     whole.join()
@@ -63,10 +84,21 @@ def survive(tmp_path, kills):
     last = start(folder)
     last.join()
     assert last.exitcode == 0
-    one, other = (load((tmp_path / name / "end.safetensors").read_bytes()) for name in ("whole", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_ends(tmp_path)
     print(f"{done} kills (seed {SEED}), {while_saving} of them aimed at a save, {broken} left a broken checkpoint")
     return broken
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_before_its_random_states_leaves_no_complete_checkpoint(tmp_path):
+    assert exit_codes_of_two_ranks(tmp_path / "whole") == [0, 0]
+    killed = tmp_path / "killed"
+    first, second = exit_codes_of_two_ranks(killed, dies_at=6)
+    assert (first, second) == (1, 9)  # the other one does not wait for ever
+    assert checkpoint_fault(killed / "run/checkpoint-6") == "trainer_state.json is missing"
+    assert checkpoint_fault(killed / "run/checkpoint-3") is None  # save_total_limit=1 has not removed it
+    assert exit_codes_of_two_ranks(killed) == [0, 0]
+    assert same_ends(tmp_path)
 
 
 def test_three_kills(tmp_path):

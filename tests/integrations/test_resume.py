@@ -14,6 +14,7 @@ import torch.distributed.checkpoint
 from safetensors.torch import load_file
 from small import arguments, same_bits, small_data, small_model, trainer_of
 from torch.distributed.checkpoint import FileSystemWriter
+from transformers import TrainingArguments
 
 import agr_hf
 from agr_hf import AGRAdamW, agr_param_groups, create_optimizer, list_optimizers
@@ -205,6 +206,21 @@ def test_random_states_of_every_process_are_asked_for(run, tmp_path, caplog):
     assert "checkpoint-10 is of fewer processes than 4, or one of them died while it saved" in caplog.text
     (folder / "checkpoint-10/rng_state_1.pth").unlink()
     assert checkpoint_fault(folder / "checkpoint-10") == "rng_state_1.pth is missing"
+
+
+def test_a_checkpoint_is_complete_when_every_process_has_written_its_random_states(tmp_path, monkeypatch):
+    """Two processes, of which the other is dead when this one waits for it; `test_kill.py` kills a real one."""
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    trainer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", save_strategy="steps", save_steps=3))
+
+    def wait():
+        if (tmp_path / "checkpoint-3/rng_state_0.pth").exists():
+            raise ConnectionError("closed by peer")
+
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", wait)
+    with pytest.raises(ConnectionError):
+        train(trainer)
+    assert checkpoint_fault(tmp_path / "checkpoint-3") == "trainer_state.json is missing"
 
 
 @pytest.mark.parametrize("resume", ["latest", "checkpoint-4"])
