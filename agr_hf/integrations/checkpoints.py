@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,10 @@ def resolve_checkpoint(
         if found is None:
             return None
         resume = str(found)
-    else:
-        fault = checkpoint_fault(resume)
-        if fault:
-            raise ValueError(
-                f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
-            )
+    elif fault := checkpoint_fault(resume):
+        raise ValueError(
+            f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
+        )
     fault = _rank_states_fault(Path(resume), processes)
     if fault:
         logger.warning(
@@ -92,17 +91,11 @@ def latest_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) ->
         ValueError: the newest one holds weights only. To start over would end in its deletion (`save_total_limit`).
     """
 
-    def fault_of(folder: Path) -> str | None:
-        fault = checkpoint_fault(folder)
-        if fault == WEIGHTS_ONLY:
-            raise ValueError(f"cannot resume from {folder}: {fault}")
-        return fault
-
-    def strict_fault_of(folder: Path) -> str | None:
-        return fault_of(folder) or _rank_states_fault(folder, processes)
-
-    found = newest_complete(Path(output_dir), strict_fault_of)
-    return found or newest_complete(Path(output_dir), fault_of)
+    for needed in sorted({processes, 1}, reverse=True):
+        found = newest_complete(Path(output_dir), partial(checkpoint_fault, processes=needed))
+        if found is not None:
+            return found
+    return None
 
 
 def newest_complete(output_dir: Path, fault_of: Callable[[Path], str | None]) -> Path | None:
@@ -111,6 +104,8 @@ def newest_complete(output_dir: Path, fault_of: Callable[[Path], str | None]) ->
         fault = fault_of(folder)
         if fault is None:
             return folder
+        if fault == WEIGHTS_ONLY:
+            raise ValueError(f"cannot resume from {folder}: {fault}")
         logger.warning("%s is passed over: %s", folder, fault)
     return None
 
@@ -121,11 +116,12 @@ def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
 
 
-def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
+def checkpoint_fault(folder: str | os.PathLike[str], processes: int = 1) -> str | None:
     """What keeps a Trainer checkpoint from being resumed, as a sentence, or None if it is complete.
 
     Every file is looked at: safetensors by their header and length, torch's files by the checksums of their archive, JSON
-    by parsing, the shards of FSDP by their length. No pickle gets to run anything.
+    by parsing, the shards of FSDP by their length. No pickle gets to run anything. Of more than one of `processes` the
+    random states of each are looked for.
     """
     folder = Path(folder)
     fault = folder_fault(folder)
@@ -144,7 +140,7 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
     if (folder / OPTIMIZER_TABLE).exists() and not _is_optimizer_table(folder / OPTIMIZER_TABLE):
         return f"{OPTIMIZER_TABLE} is no table of save_optimizer"
     if any(path.is_dir() for path in folder.glob("global_step*")):  # DeepSpeed's
-        return None
+        return _rank_states_fault(folder, processes)
     names = {path.name for path in folder.iterdir()}
     is_fsdp = not names.isdisjoint(FSDP_WEIGHTS + FSDP_OPTIMIZER)
     weights, optimizer = (FSDP_WEIGHTS, FSDP_OPTIMIZER) if is_fsdp else (WEIGHTS, ("optimizer.pt",))
@@ -160,19 +156,19 @@ def checkpoint_fault(folder: str | os.PathLike[str]) -> str | None:
             return f"{min(missing)} is missing"
     if names.isdisjoint({*optimizer, "scheduler.pt"}) and not list(folder.glob("rng_state*.pth")):
         return WEIGHTS_ONLY
-    for kinds in (optimizer, ("scheduler.pt",)):
-        if names.isdisjoint(kinds):
-            return f"{kinds[0]} is missing"
-    return _rank_states_fault(folder)
+    for needed in (optimizer, ("scheduler.pt",)):
+        if names.isdisjoint(needed):
+            return f"{needed[0]} is missing"
+    return _rank_states_fault(folder, processes)
 
 
-def _rank_states_fault(folder: Path, processes: int = 1) -> str | None:
+def _rank_states_fault(folder: Path, processes: int) -> str | None:
     """The first of the processes' random states that is missing, as a sentence, or None.
 
     Trainer's first process does not wait for the others before it writes `trainer_state.json`: one may have died before it
     wrote its own. How many they were is not written down; they are taken for `processes`, or as many as the numbers say.
     """
-    if (folder / "rng_state.pth").exists() or any(folder.glob("global_step*")):
+    if (folder / "rng_state.pth").exists():
         return None
     ranks = {int(path.stem.rpartition("_")[2]) for path in folder.glob("rng_state_[0-9]*.pth")}
     if not ranks:
@@ -212,10 +208,8 @@ def folder_fault(folder: Path) -> str | None:
         fault = file_fault(path)
         if fault:
             return f"{path.name} {fault}"
-        if path.is_dir() and re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+", path.name):
-            fault = _shards_fault(path)
-            if fault:
-                return f"{path.name}/{fault}"
+        if re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+", path.name) and (fault := _shards_fault(path)):
+            return f"{path.name}/{fault}"
     return None
 
 
@@ -228,7 +222,7 @@ def _shards_fault(folder: Path) -> str | None:
     try:
         with open(metadata, "rb") as file:
             records = [record.state for record in _Records(file).load().state["storage_data"].values()]
-        ends = [(str(record["relative_path"]), record["offset"] + record["length"]) for record in records]
+        ends = [(str(record["relative_path"]), int(record["offset"]) + int(record["length"])) for record in records]
     except Exception as error:  # an unpickler raises whatever the file makes it raise
         return f".metadata is cut short or damaged ({error})"
     for name, end in sorted(ends):
@@ -242,11 +236,10 @@ def _shards_fault(folder: Path) -> str | None:
 class _Record:
     """Stands for an object of any class in a pickle: its state, and nothing of the class."""
 
-    def __new__(cls, *args: Any) -> _Record:
-        return super().__new__(cls)
+    state: Any = None
 
     def __init__(self, *args: Any) -> None:
-        self.state: Any = None
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

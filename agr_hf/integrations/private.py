@@ -134,12 +134,20 @@ def set_loader_dataset(loader: DataLoader[Any], dataset: Dataset[Any]) -> None:
     object.__setattr__(loader, "dataset", dataset)
 
 
-def rank_states_saver(trainer: Trainer) -> str | None:
-    """The name of Trainer's method that writes a process's random states, before the first one writes
-    `trainer_state.json`; None where this transformers has none."""
+def rank_states_saver(trainer: Trainer) -> tuple[str, Callable[[str], None]]:
+    """Trainer's method that writes a process's random states, before the first process writes `trainer_state.json`.
+
+    Raises:
+        RuntimeError: this transformers has none.
+    """
     name = "_save_rng_state"
     method = getattr(trainer, name, None)
-    return name if method and list(inspect.signature(method).parameters) == ["output_dir"] else None
+    if method is None or list(inspect.signature(method).parameters) != ["output_dir"]:
+        route = "use trainer.train(resume_from_checkpoint=agr_hf.integrations.checkpoints.resolve_checkpoint(...))"
+        raise RuntimeError(
+            f"agr_hf cannot wait for the processes: transformers {version('transformers')} lacks {name}; {route}"
+        )
+    return name, method
 
 
 def has_step_pre_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +166,13 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
         stack.enter_context(_replaced(trainer, "evaluate", evaluate_apart))
         stack.enter_context(_replaced(trainer, "get_train_dataloader", seeded_loader))
         if args.world_size > 1:
-            stack.enter_context(_waiting_for_rank_states(trainer))
+            name, save = private.rank_states_saver(trainer)
+
+            def save_and_wait(output_dir: str) -> None:
+                save(output_dir)
+                trainer.accelerator.wait_for_everyone()
+
+            stack.enter_context(_replaced(trainer, name, save_and_wait))
         callbacks: list[TrainerCallback] = [draws]
         if checkpoint is not None:
             callbacks.append(_load_weights_callback(checkpoint))
@@ -184,24 +190,6 @@ def _devices_of(trainer: Trainer) -> list[torch.device]:
     """Whose generators a forward pass may draw from: with DataParallel those of several devices."""
     device, count = trainer.args.device, trainer.args.n_gpu
     return [torch.device(device.type, index) for index in range(count)] if count > 1 else [device]
-
-
-def _waiting_for_rank_states(trainer: Trainer) -> AbstractContextManager[None]:
-    """`trainer_state.json` is written when every process has written its random states, and not before."""
-    name = private.rank_states_saver(trainer)
-    if name is None:
-        logger.warning(
-            "this transformers does not say where it writes the random states of each process: a process that dies in a "
-            "save may leave a checkpoint that looks complete, and a run resumed from it draws other random numbers"
-        )
-        return nullcontext()
-    save = getattr(trainer, name)
-
-    def save_and_wait(output_dir: str) -> None:
-        save(output_dir)
-        trainer.accelerator.wait_for_everyone()
-
-    return _replaced(trainer, name, save_and_wait)
 
 
 @contextmanager
