@@ -36,7 +36,7 @@ WEIGHTS_ONLY = (
 
 
 def resolve_checkpoint(
-    resume: str | bool | None, output_dir: str | os.PathLike[str] | None, processes: int = 1
+    resume: str | bool | None, output_dir: str | os.PathLike[str] | None, processes: int | None = None
 ) -> str | None:
     """What `--resume_from_checkpoint` means: "latest" is the last complete checkpoint of `output_dir`, or none yet.
 
@@ -44,7 +44,7 @@ def resolve_checkpoint(
         resume: None, "latest", or the path of a checkpoint folder; True and False, as `Trainer.train` takes them, are
             "latest" and None.
         output_dir: where Trainer saves; None holds no checkpoint.
-        processes: of the run that resumes; see `latest_checkpoint`. Default 1.
+        processes: of the run that resumes; see `latest_checkpoint`. Default None.
 
     Returns:
         A path for `Trainer.train(resume_from_checkpoint=...)`, or None to start afresh.
@@ -64,19 +64,19 @@ def resolve_checkpoint(
         raise ValueError(
             f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
         )
-    fault = _rank_states_fault(Path(resume), processes)
-    if fault:
+    saved = len(list(Path(resume).glob("rng_state*.pth")))
+    if processes not in (None, saved):
         logger.warning(
-            "%s is of fewer processes than %d, or one of them died while it saved (%s): what is drawn from here on is not "
-            "what a run never stopped draws",
+            "%s has the random states of %d processes, and this run has %d (another number saved it, or one died in its "
+            "save): what is drawn from here on is not what a run never stopped draws",
             resume,
+            saved,
             processes,
-            fault,
         )
     return resume
 
 
-def latest_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> Path | None:
+def latest_checkpoint(output_dir: str | os.PathLike[str], processes: int | None = None) -> Path | None:
     """The newest complete `checkpoint-N` under a folder, or None.
 
     A process killed while it saved leaves files missing or cut short, and Trainer's own "latest" would take them. Each
@@ -85,13 +85,13 @@ def latest_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) ->
     Args:
         output_dir: where Trainer saves.
         processes: checkpoints with the random states of so many processes are preferred; where there is none, fewer
-            processes may have saved them, and the newest is taken. Default 1.
+            processes may have saved them, and the newest is taken. Default None, any number.
 
     Raises:
         ValueError: the newest one holds weights only. To start over would end in its deletion (`save_total_limit`).
     """
 
-    for needed in sorted({processes, 1}, reverse=True):
+    for needed in (processes, None) if processes and processes > 1 else (None,):
         found = newest_complete(Path(output_dir), partial(checkpoint_fault, processes=needed))
         if found is not None:
             return found
@@ -116,12 +116,12 @@ def numbered_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
 
 
-def checkpoint_fault(folder: str | os.PathLike[str], processes: int = 1) -> str | None:
+def checkpoint_fault(folder: str | os.PathLike[str], processes: int | None = None) -> str | None:
     """What keeps a Trainer checkpoint from being resumed, as a sentence, or None if it is complete.
 
     Every file is looked at: safetensors by their header and length, torch's files by the checksums of their archive, JSON
-    by parsing, the shards of FSDP by their length. No pickle gets to run anything. Of more than one of `processes` the
-    random states of each are looked for.
+    by parsing, the shards of FSDP by their length. No pickle gets to run anything. Random states of
+    `processes` are looked for; by default of as many as their numbers say.
     """
     folder = Path(folder)
     fault = folder_fault(folder)
@@ -162,11 +162,11 @@ def checkpoint_fault(folder: str | os.PathLike[str], processes: int = 1) -> str 
     return _rank_states_fault(folder, processes)
 
 
-def _rank_states_fault(folder: Path, processes: int) -> str | None:
+def _rank_states_fault(folder: Path, processes: int | None) -> str | None:
     """The first of the processes' random states that is missing, as a sentence, or None.
 
     Trainer's first process does not wait for the others before it writes `trainer_state.json`: one may have died before it
-    wrote its own. How many they were is not written down; they are taken for `processes`, or as many as the numbers say.
+    wrote its own. How many they were is not written down: at least `processes`, or as many as the highest number says.
     """
     if (folder / "rng_state.pth").exists():
         return None
@@ -174,7 +174,7 @@ def _rank_states_fault(folder: Path, processes: int) -> str | None:
     if not ranks:
         return "rng_state.pth is missing"
     # On a host with a disk of its own they need not begin at 0.
-    needed = range(min(ranks) if processes == 1 else 0, max(processes, max(ranks) + 1))
+    needed = range(0 if processes else min(ranks), max(processes or 0, max(ranks) + 1))
     return next((f"rng_state_{rank}.pth is missing" for rank in needed if rank not in ranks), None)
 
 

@@ -143,7 +143,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
 
     args = trainer.args
     # Without a disk that all share, each host has the random states of its own processes only.
-    processes = 1 if args.save_on_each_node else args.world_size
+    processes = None if args.save_on_each_node else args.world_size
     checkpoint = resolve_checkpoint(resume_from_checkpoint, args.output_dir, processes)
     evaluate, get_loader = trainer.evaluate, trainer.get_train_dataloader
     draws = SeededDraws(args.seed)
@@ -153,13 +153,13 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
             return evaluate(*args, **kwargs)
 
     def seeded_loader() -> DataLoader[Any]:
-        loader = get_loader()
+        loader, reason = get_loader(), None
         if not draws.seed_loader(loader) and checkpoint and (_state_of(checkpoint).get("epoch") or 0) % 1:
-            logger.warning(
-                "%s ends within an epoch, and the training data are a stream or come from a loader of another kind: what is "
-                "drawn in the rest of the epoch is not what a run never stopped draws; save at the ends of epochs",
-                checkpoint,
-            )
+            reason = "the data are a stream or come from a loader of another kind; save at the ends of epochs"
+        elif checkpoint and getattr(trainer.data_collator, "seed", None) is not None:
+            reason = "the collator has a generator of its own; give it no seed"
+        if reason:
+            logger.warning("resumed from %s, batches are not those of a run never stopped: %s", checkpoint, reason)
         return loader
 
     with ExitStack() as stack:

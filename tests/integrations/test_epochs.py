@@ -72,9 +72,9 @@ def cut_and_whole(job, tmp_path, cuts, **options):
         yield whole.model, resumed.model
 
 
-@pytest.mark.parametrize("job", [masked_words, cropped_images])
-def test_a_run_cut_within_an_epoch_draws_what_one_never_stopped_draws(job, tmp_path):
-    for whole, resumed in cut_and_whole(job, tmp_path, CUTS):
+@pytest.mark.parametrize(("job", "cuts"), [(masked_words, CUTS), (cropped_images, CUTS[-1:])])
+def test_a_run_cut_within_an_epoch_draws_what_one_never_stopped_draws(job, cuts, tmp_path):
+    for whole, resumed in cut_and_whole(job, tmp_path, cuts):
         assert same_bits(whole, resumed)
 
 
@@ -127,7 +127,15 @@ def test_a_stream_cut_within_an_epoch_is_warned_of(tmp_path, caplog):
     assert not caplog.records
     trainer = trainer_of(small_model(), arguments(tmp_path, **options), train_dataset=Stream())
     train(trainer, str(tmp_path / "checkpoint-3"))
-    assert "checkpoint-3 ends within an epoch, and the training data are a stream" in caplog.text
+    assert "checkpoint-3, batches are not those of a run never stopped: the data are a stream" in caplog.text
+
+
+def test_a_collator_with_a_generator_of_its_own_is_warned_of(tmp_path, caplog):
+    options = {"optim": "agr_adamw", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "collator": {"seed": 5}}
+    train(masked_words(tmp_path, tmp_path, **options))
+    assert "never stopped" not in caplog.text
+    train(masked_words(tmp_path, tmp_path, **options), str(tmp_path / "checkpoint-2"))
+    assert "the collator has a generator of its own; give it no seed" in caplog.text
 
 
 def test_an_evaluation_draws_nothing_of_the_trainings_generators(tmp_path):
@@ -141,6 +149,15 @@ def test_an_evaluation_draws_nothing_of_the_trainings_generators(tmp_path):
         assert evaluates == any("eval_drawn" in entry for entry in trainer.state.log_history)
         ends.append((random.random(), numpy.random.rand(), float(torch.rand(()))))
     assert ends[0] == ends[1]
+
+
+def test_generators_of_the_devices_that_are_named_are_kept(monkeypatch):
+    put = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: f"state of {device}")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.append((state, str(device))))
+    with kept_random_states([torch.device("cpu"), torch.device("cuda", 1), torch.device("mps")]):
+        assert not put
+    assert put == [("state of cuda:1", "cuda:1")]
 
 
 @pytest.mark.gpu
