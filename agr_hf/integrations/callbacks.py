@@ -23,7 +23,7 @@ from transformers import (
 
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
-from agr_hf.optim.flags import agr_flags, is_suspended, unwrapped
+from agr_hf.optim.flags import is_suspended, unwrapped
 from agr_hf.optim.options import is_at_least_zero
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
@@ -73,7 +73,9 @@ class SuspendAGR(TrainerCallback):
         if self.suspended or not self._is_due(state):
             return
         groups = _groups_with_agr(unwrapped(kwargs["optimizer"]))
-        was_active = any(any(agr_flags(group)) and not is_suspended(group) for group in groups)
+        # Not `agr_flags`: under ZeRO a group has one flat parameter, and an `agr` for each of its layers.
+        flags = [group.get("agr", True) for group in groups if not is_suspended(group)]
+        was_active = any(any(flag) if isinstance(flag, list) else flag for flag in flags)
         for group in groups:
             group["agr_suspended"] = True
         self.suspended = True
