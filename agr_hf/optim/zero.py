@@ -218,18 +218,17 @@ class PartitionStep:
     def __init__(self, optimizer: StepOptimizer, group: dict[str, Any], flat: Tensor, layers: Sequence[Tensor]) -> None:
         self.flat = flat
         self.partition = find_partition(flat, layers)
-        wanted = dict(zip(map(id, layers), agr_flags({**group, "params": layers}), strict=True))
-        flags = [wanted[id(self.partition.layers[fragment.layer])] for fragment in self.partition.fragments]
-        self.pieces = [torch.empty(0, dtype=flat.dtype, device=flat.device) for _ in flags]
+        self.given = list(layers)
+        self.pieces = [torch.empty(0, dtype=flat.dtype, device=flat.device) for _ in self.partition.fragments]
         make: Any = type(optimizer)
-        self.inner: StepOptimizer = make([{**group, "params": self.pieces, "agr": flags}])
+        self.inner: StepOptimizer = make([{**group, "params": self.pieces, "agr": self._flags(group)}])
         self.inner.partition = self.partition
         self.known: list[Any] = []  # numbers of the flat state, as the last step left them
 
     def step(self, optimizer: StepOptimizer, group: dict[str, Any]) -> None:
         flat, inner = self.flat, self.inner
         state = optimizer.state[flat]
-        inner.param_groups[0].update({key: group[key] for key in group if key not in ("params", "agr")})
+        inner.param_groups[0].update({**group, "params": self.pieces, "agr": self._flags(group)})
         self._take_numbers(optimizer, state)
         # Cut in every step, and let go of after it: DeepSpeed moves partitions and state, to a CPU or a disk and back.
         tensors = {key: self.partition.cut(state[key]) for key in optimizer.state_keys}
@@ -248,6 +247,11 @@ class PartitionStep:
             self._give_numbers(optimizer, state)
         if self.partition.is_last and "agr_step" in group and flat.grad is not None:
             group["agr_step"] += 1
+
+    def _flags(self, group: dict[str, Any]) -> list[bool]:
+        """The `agr` of each piece, of which the group may have one for each layer that it was given."""
+        wanted = dict(zip(map(id, self.given), agr_flags({**group, "params": self.given}), strict=True))
+        return [wanted[id(self.partition.layers[fragment.layer])] for fragment in self.partition.fragments]
 
     def _take_numbers(self, optimizer: StepOptimizer, state: dict[str, Any]) -> None:
         """Begin with the numbers of a flat state that was loaded, or is new."""

@@ -119,6 +119,20 @@ def test_a_partition_takes_the_step_of_its_layers(name, dtype, partition, one_ra
         assert optimizer.param_groups[0]["agr_step"] == 6
 
 
+def test_agr_turned_off_in_mid_run_is_off(one_rank):
+    whole, layers = make_layers(), make_layers()
+    optimizers = [agr_hf.AGRAdamW(params, lr=0.1) for params in (whole, layers)]
+    flats, members = partition_as_stages_1_and_2(optimizers[1], layers)
+    for step in range(4):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["agr"] = step < 2
+        for layer, grad in zip(whole, make_grads(step), strict=True):
+            layer.grad = grad
+        optimizers[0].step()
+        take_steps(optimizers[1], flats, members, [step])
+    assert torch.equal(flats[0].detach(), flatten(whole))
+
+
 def test_norms_of_the_layers_of_a_partition(one_rank):
     layers = make_layers()
     whole = [layer.detach().clone() for layer in layers]
@@ -195,6 +209,7 @@ def run(ranks, *arguments, folder):
     return json.loads(out.read_text())
 
 
+@pytest.mark.timeout(900)  # six starts of two processes
 class TestDeepSpeed:
     pytestmark = deepspeed
 
