@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import accelerate
-import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 LOOP = Path(__file__).parents[2] / "training_scripts/accelerate_loop.py"
 RANK, PLACE = os.environ.get("DYING_RANK"), os.environ.get("DYING_PLACE")
@@ -50,12 +50,12 @@ def slow_step(optimizer, args, kwargs):
 
 
 slow_step.trained = False
-torch.optim.optimizer.register_optimizer_step_pre_hook(slow_step)
+register_optimizer_step_pre_hook(slow_step)
 Accelerator = accelerate.Accelerator
 # The others wait for the gradients of a rank that dies in its backward pass.
 Accelerator.backward = counted(Accelerator.backward, STEPS_BEFORE, "collective")
 # Its own files are written, those of the others may not be, and nothing has its name yet.
 Accelerator.save_state = counted(Accelerator.save_state, SAVES_BEFORE, "save", after=True)
-torch.optim.optimizer.register_optimizer_step_post_hook(counted(lambda *args: None, STEPS_BEFORE, "step"))
+register_optimizer_step_post_hook(counted(lambda *args: None, STEPS_BEFORE, "step"))
 sys.argv[0] = str(LOOP)
 runpy.run_path(str(LOOP), run_name="__main__")

@@ -37,10 +37,10 @@ class TwoHosts:
 
     def __enter__(self):
         with ExitStack() as stack:
-            for name in self.names:
+            for host, name in enumerate(self.names):
                 _ip("netns", "add", name)
                 stack.callback(_ip, "netns", "delete", name)
-                stack.callback(self._kill_processes, name)
+                stack.callback(self.kill_processes, host)
                 # What `ip netns exec` shows as /etc/hosts. Without names torchrun's rendezvous waits for ever.
                 folder = Path("/etc/netns", name)
                 folder.mkdir(parents=True)
@@ -59,9 +59,11 @@ class TwoHosts:
     def __exit__(self, *error):
         self._stack.close()
 
-    @staticmethod
-    def _kill_processes(name):
-        pids = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True, text=True).stdout.split()
+    def kill_processes(self, host):
+        """All that runs on host 0 or 1, as a power cut does."""
+        pids = subprocess.run(
+            ["ip", "netns", "pids", self.names[host]], check=True, capture_output=True, text=True
+        ).stdout.split()
         for pid in pids:
             try:
                 os.kill(int(pid), 9)

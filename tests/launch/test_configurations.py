@@ -104,6 +104,20 @@ def test_sharded_models_train_to_the_same_end_and_go_on_with_half_the_processes(
 
 
 @pytest.mark.launch
+def test_trainer_shards_by_its_own_arguments_and_goes_on_with_half_the_processes_from_a_full_state(ddp, tmp_path):
+    folder = tmp_path / "run"
+    settings = {"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "state_dict_type": "FULL_STATE_DICT"}
+    command = [*ON_GLOO, *CLASSIFIER, *SMALL, "--fsdp", "true", "--fsdp_config", json.dumps(settings)]
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node"]
+    run([*torchrun, 2, *command, *small_batch(2), "--num_train_epochs", "1", "--output_dir", folder])
+    check_same_end(folder, ddp, 2)
+    assert (folder / "checkpoint-8/pytorch_model_fsdp.bin").exists()
+    command += [*small_batch(1), "--num_train_epochs", "2", "--resume_from_checkpoint", folder / "checkpoint-8"]
+    run([*torchrun, 1, *command, "--output_dir", folder])
+    check_same_end(folder, ddp, 1, epochs=2, tolerance=0.2)
+
+
+@pytest.mark.launch
 def test_two_machines_that_accelerate_does_not_join_are_refused_before_they_write(tmp_path):
     machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", "0", "--main_process_ip", "10.77.0.1"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *machines, "--main_process_port", "29500"]

@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def test_a_job_not_started_again_ends_soon_and_names_the_rank(tmp_path):
     assert time.monotonic() - began < 60  # not the half hour for which the other one would have waited
 
 
+@pytest.mark.launch
+def test_one_process_goes_on_where_two_were_with_what_is_left_of_the_epoch(undisturbed, tmp_path):
+    """Not to the bit: means of means round otherwise. 2e-3 * 16 steps is the largest move."""
+    done = finish([*launcher(0), *LOOP, "--output_dir", tmp_path], DYING_RANK="1", DYING_PLACE="step")
+    assert done.returncode != 0
+    checkpoint = tmp_path / "checkpoint-5"  # of 8 steps an epoch
+    assert checkpoint.exists()
+    # The batch of an optimizer step stays what it was.
+    alone = ["--per_device_train_batch_size", "128", "--output_dir", tmp_path]
+    run([sys.executable, *LOOP, *LATEST, *alone], RANK="0")
+    for name, value in ended(tmp_path).items():
+        torch.testing.assert_close(value, undisturbed[name], rtol=0, atol=0.01 * 2e-3 * 16)
+
+
 def workers(agent):
     """Process ids of the ranks that a torchrun agent has started."""
     return [
@@ -73,7 +88,7 @@ def unfinished(folder):
 @pytest.mark.timeout(3600)
 def test_fifty_kills_at_random_moments(tmp_path):
     random.seed(SEED)
-    loop = [*LOOP, "--num_train_epochs", "125"]  # of 16 steps
+    loop = [*LOOP, "--num_train_epochs", "300"]  # of 8 steps
     run([*launcher(0), *loop, "--output_dir", tmp_path / "whole"])
     log, folder = tmp_path / "log", tmp_path / "killed"
     kills, saving, starts = 0, 0, 0

@@ -1,6 +1,5 @@
 """Two hosts, as far as one machine has them: network namespaces with addresses and host names of their own."""
 
-import functools
 import json
 import os
 import shlex
@@ -26,7 +25,7 @@ def hosts():
         yield two
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def one_host(tmp_path_factory):
     """The same two processes on one host."""
     folder = tmp_path_factory.mktemp("one-host") / "run"
@@ -61,10 +60,10 @@ def test_the_hosts_are_two(hosts, tmp_path):
     on_both(hosts, [["getent", "hosts", hosts.names[1]], ["getent", "hosts", hosts.names[0]]], tmp_path)
 
 
-def test_torchrun_on_two_hosts_gives_the_weights_of_one(hosts, tmp_path, tmp_path_factory):
+def test_torchrun_on_two_hosts_gives_the_weights_of_one(hosts, tmp_path, one_host):
     command = [*torchrun(hosts), *CLASSIFY, *ON_CPU, "--output_dir", tmp_path / "run"]
     on_both(hosts, [command, command], tmp_path)
-    check_two_joined_processes(tmp_path / "run", one_host(tmp_path_factory))
+    check_two_joined_processes(tmp_path / "run", one_host)
 
 
 def accelerate_commands(hosts, configuration, command, *options):
@@ -75,23 +74,23 @@ def accelerate_commands(hosts, configuration, command, *options):
     ]
 
 
-def test_accelerate_launch_on_two_hosts_gives_the_weights_of_one(hosts, tmp_path, tmp_path_factory):
+def test_accelerate_launch_on_two_hosts_gives_the_weights_of_one(hosts, tmp_path, one_host):
     commands = accelerate_commands(hosts, "ddp_hosts", [*CLASSIFY, *ON_CPU, "--output_dir", tmp_path / "run"])
     on_both(hosts, commands, tmp_path)
-    check_two_joined_processes(tmp_path / "run", one_host(tmp_path_factory))
+    check_two_joined_processes(tmp_path / "run", one_host)
 
 
-def test_fsdp2_over_two_hosts(hosts, tmp_path, tmp_path_factory):
+def test_fsdp2_over_two_hosts(hosts, tmp_path, one_host):
     command = [*ON_GLOO, *CLASSIFY, "--output_dir", tmp_path / "run"]
     options = ["--rdzv_backend", "c10d", "--fsdp_transformer_layer_cls_to_wrap", "Block"]
     on_both(hosts, accelerate_commands(hosts, "fsdp2", command, *options), tmp_path)
-    one, two = weights(one_host(tmp_path_factory)), weights(tmp_path / "run")
+    one, two = weights(one_host), weights(tmp_path / "run")
     moved = sum(float(value.square().sum()) for name, value in one.items() if value.ndim > 1) ** 0.5
     assert distance(one, two) < 1e-5 * moved
 
 
 def test_a_cable_pulled_in_a_step_costs_time_and_not_a_bit(hosts, tmp_path):
-    epochs = ["--num_train_epochs", "20"]  # 320 steps
+    epochs = ["--num_train_epochs", "20"]  # 160 steps
     run([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *LOOP, *epochs, "--output_dir", tmp_path / "one"])
     command = [*torchrun(hosts), *LOOP, *epochs, "--output_dir", tmp_path / "two"]
     logs = [tmp_path / f"host-{host}.log" for host in (0, 1)]
@@ -126,6 +125,28 @@ def test_a_cable_out_for_longer_than_the_time_out_starts_the_job_again_from_its_
     assert same_bits(ended(tmp_path / "one"), ended(tmp_path / "two"))
 
 
+def test_a_host_that_is_gone_leaves_the_other_to_go_on_alone(hosts, tmp_path):
+    """torchrun --nnodes 1:2. What is left of the epoch is taken in batches of half the size."""
+    elastic = [
+        "--nnodes",
+        "1:2",
+        "--max-restarts",
+        "3",
+        "--rdzv-conf",
+        "keep_alive_interval=1,keep_alive_max_attempt=5",
+    ]
+    command = [*torchrun(hosts, *elastic), *LOOP, "--num_train_epochs", "20", *LATEST, "--ddp_timeout", "20"]
+    command += ["--output_dir", tmp_path / "run"]
+    logs = [tmp_path / f"host-{host}.log" for host in (0, 1)]
+    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.05") for host in (0, 1)]
+    wait_for_training(jobs, logs, starts=1)
+    time.sleep(2)
+    hosts.kill_processes(1)
+    assert jobs[0].wait(240) == 0, logs[0].read_text()[-6000:]
+    assert logs[0].read_text().count("training\n") == 2
+    ended(tmp_path / "run")
+
+
 def wait_for_training(jobs, logs, starts):
     deadline = time.monotonic() + 120
     while any(log.read_text().count("training\n") < starts for log in logs):
@@ -134,7 +155,7 @@ def wait_for_training(jobs, logs, starts):
         time.sleep(0.05)
 
 
-def test_the_slurm_script_starts_one_job_on_two_hosts(hosts, tmp_path, tmp_path_factory):
+def test_the_slurm_script_starts_one_job_on_two_hosts(hosts, tmp_path, one_host):
     """With stand-ins for SLURM's two commands, of which srun starts a task on each host."""
     commands = [shlex.join(hosts.command(host, [])) for host in (0, 1)]
     tools = {
@@ -148,4 +169,4 @@ def test_the_slurm_script_starts_one_job_on_two_hosts(hosts, tmp_path, tmp_path_
     job = {"SLURM_JOB_NODELIST": "agr[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "12345"}
     command = ["bash", "training_scripts/slurm.sbatch", *CLASSIFY, *ON_CPU, "--output_dir", tmp_path / "run"]
     run(command, PATH=f"{tmp_path}:{os.environ['PATH']}", **job)
-    check_two_joined_processes(tmp_path / "run", one_host(tmp_path_factory))
+    check_two_joined_processes(tmp_path / "run", one_host)
