@@ -10,7 +10,7 @@ from hosts import TwoHosts, no_hosts
 from launchers import CLASSIFIER, ON_GLOO, SMALL, TORCHRUN, accelerate_launch, distance, run, small_batch, weights
 from test_deaths import LATEST, LOOP, ended, same_bits
 
-pytestmark = pytest.mark.hosts
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 PORT = 29400
 CLASSIFY = [*CLASSIFIER, *SMALL, *small_batch(2), "--num_train_epochs", "1"]
 ON_CPU = ["--use_cpu", "true"]
