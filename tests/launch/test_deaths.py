@@ -17,6 +17,8 @@ from safetensors.torch import load
 LOOP = ["tests/launch/dying_loop.py", "--cpu", "--num_train_epochs", "2", "--save_steps", "5"]
 LATEST = ["--resume_from_checkpoint", "latest"]
 SEED = 20261
+# torchrun 2.14 serves all starts of a job from one store, where a rank may find the addresses of the start before.
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def launcher(restarts):
@@ -42,9 +44,9 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.launch
 @pytest.mark.parametrize(("rank", "place"), [(1, "step"), (1, "collective"), (0, "save"), (1, "save")])
 def test_a_job_started_again_ends_with_the_bits_of_a_run_nobody_killed(rank, place, undisturbed, tmp_path):
-    printed = run([*launcher(1), *LOOP, *LATEST, "--output_dir", tmp_path], DYING_RANK=str(rank), DYING_PLACE=place)
+    dying = {"DYING_RANK": str(rank), "DYING_PLACE": place}
+    printed = run([*launcher(1), *LOOP, *LATEST, "--output_dir", tmp_path], **dying, **NEW_STORE)
     assert re.search(rf"exitcode: -9\) local_rank: {rank} ", printed)
-    assert "1 attempts left; will restart" in printed or "attempt" in printed
     assert same_bits(ended(tmp_path), undisturbed)
 
 
@@ -95,7 +97,7 @@ def test_fifty_kills_at_random_moments(tmp_path):
     with open(log, "w") as file:
         job = subprocess.Popen(
             list(map(str, [*launcher(60), *loop, *LATEST, "--output_dir", folder])), cwd=ROOT,
-            env=environment(STEP_SECONDS="0.02"), stdout=file, stderr=file,
+            env=environment(STEP_SECONDS="0.02", **NEW_STORE), stdout=file, stderr=file,
         )  # fmt: skip
     try:
         while kills < 50:

@@ -8,7 +8,7 @@ import time
 import pytest
 from hosts import TwoHosts, no_hosts
 from launchers import CLASSIFIER, ON_GLOO, SMALL, TORCHRUN, accelerate_launch, distance, run, small_batch, weights
-from test_deaths import LATEST, LOOP, ended, same_bits
+from test_deaths import LATEST, LOOP, NEW_STORE, ended, same_bits
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(600)]
 PORT = 29400
@@ -94,7 +94,7 @@ def test_a_cable_pulled_in_a_step_costs_time_and_not_a_bit(hosts, tmp_path):
     run([*TORCHRUN, "--standalone", "--nproc-per-node", "2", *LOOP, *epochs, "--output_dir", tmp_path / "one"])
     command = [*torchrun(hosts), *LOOP, *epochs, "--output_dir", tmp_path / "two"]
     logs = [tmp_path / f"host-{host}.log" for host in (0, 1)]
-    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.02") for host in (0, 1)]
+    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.02", **NEW_STORE) for host in (0, 1)]
     wait_for_training(jobs, logs, starts=1)
     hosts.pull_cable()
     time.sleep(5)
@@ -111,7 +111,7 @@ def test_a_cable_out_for_longer_than_the_time_out_starts_the_job_again_from_its_
     command = [*torchrun(hosts, "--max-restarts", "3"), *LOOP, *epochs, *LATEST, "--ddp_timeout", "8"]
     command += ["--output_dir", tmp_path / "two"]
     logs = [tmp_path / f"host-{host}.log" for host in (0, 1)]
-    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.02") for host in (0, 1)]
+    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.02", **NEW_STORE) for host in (0, 1)]
     wait_for_training(jobs, logs, starts=1)
     time.sleep(2)
     hosts.pull_cable()
@@ -138,7 +138,7 @@ def test_a_host_that_is_gone_leaves_the_other_to_go_on_alone(hosts, tmp_path):
     command = [*torchrun(hosts, *elastic), *LOOP, "--num_train_epochs", "20", *LATEST, "--ddp_timeout", "20"]
     command += ["--output_dir", tmp_path / "run"]
     logs = [tmp_path / f"host-{host}.log" for host in (0, 1)]
-    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.05") for host in (0, 1)]
+    jobs = [hosts.start(host, command, logs[host], STEP_SECONDS="0.05", **NEW_STORE) for host in (0, 1)]
     wait_for_training(jobs, logs, starts=1)
     time.sleep(2)
     hosts.kill_processes(1)
