@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
@@ -71,6 +71,11 @@ def main(argv=None):
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
     check_launch(accelerator)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"this loop averages whole weights, and does not run under {accelerator.distributed_type.value}; start it with "
+            "DDP, or train sharded models with Trainer, as train_image_classifier.py does"
+        )
     set_seed(args.seed)
     data = load_digits()
     model = digits_model()

@@ -1,6 +1,6 @@
 """`python dying_loop.py ARGUMENTS`: accelerate_loop.py, whose DYING_RANK ends by SIGKILL at DYING_PLACE in its first start.
 
-STEP_SECONDS lets each step take longer; each start prints "training" before its first one.
+STEP_SECONDS lets each step take longer; each start prints "first step" before its own.
 """
 
 import os
@@ -44,7 +44,7 @@ def counted(function, calls_before, place, after=False):
 
 def slow_step(optimizer, args, kwargs):
     if not slow_step.trained:
-        print("training", flush=True)
+        os.write(1, b"first step\n")  # one write: the ranks share a file
     slow_step.trained = True
     time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
 

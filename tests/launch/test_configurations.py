@@ -23,6 +23,7 @@ from launchers import (
     weights,
 )
 
+pytestmark = pytest.mark.timeout(900)  # several starts, on a busy machine
 NAMES = sorted(path.stem for path in CONFIGURATIONS.glob("*.yaml"))
 # Of a ViT of timm's: transformers names no blocks of it.
 BLOCKS = ["--fsdp_transformer_layer_cls_to_wrap", "Block"]

@@ -121,7 +121,7 @@ def test_a_cable_out_for_longer_than_the_time_out_starts_the_job_again_from_its_
         assert job.wait(240) == 0, log.read_text()[-6000:]
     printed = "".join(log.read_text() for log in logs)
     assert "Timed out waiting 8000ms" in printed
-    assert printed.count("training\n") == 4  # two ranks, started twice
+    assert printed.count("first step\n") == 4  # two ranks, started twice
     assert same_bits(ended(tmp_path / "one"), ended(tmp_path / "two"))
 
 
@@ -143,13 +143,13 @@ def test_a_host_that_is_gone_leaves_the_other_to_go_on_alone(hosts, tmp_path):
     time.sleep(2)
     hosts.kill_processes(1)
     assert jobs[0].wait(240) == 0, logs[0].read_text()[-6000:]
-    assert logs[0].read_text().count("training\n") == 2
+    assert logs[0].read_text().count("first step\n") == 2
     ended(tmp_path / "run")
 
 
 def wait_for_training(jobs, logs, starts):
     deadline = time.monotonic() + 120
-    while any(log.read_text().count("training\n") < starts for log in logs):
+    while any(log.read_text().count("first step\n") < starts for log in logs):
         assert [job.poll() for job in jobs] == [None, None], "".join(log.read_text()[-3000:] for log in logs)
         assert time.monotonic() < deadline
         time.sleep(0.05)
