@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs clean
+.PHONY: test-launch test-hosts test-kills
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
 
 # Two workers, of which one that is done takes over tests of the other.
-TEST := python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not deepspeed"
+TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills)"
 
 test: $(VENV)/installed lint
 	$(BIN)/$(TEST)
@@ -40,6 +41,18 @@ test-deepspeed: $(VENV)/installed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# Every configuration file, each command of docs/scaling.md, deaths of ranks: some fifteen minutes on 2 cores.
+test-launch: $(VENV)/installed
+	$(BIN)/python -m pytest -m launch
+
+# Two network namespaces as two hosts; as root, on Linux.
+test-hosts: $(VENV)/installed
+	$(BIN)/python -m pytest -m hosts
+
+# Fifty kills at random moments.
+test-kills: $(VENV)/installed
+	$(BIN)/python -m pytest -m kills -s
 
 # What a step costs, beside the optimizers of the other packages that the extra lists.
 bench: $(VENV)/installed

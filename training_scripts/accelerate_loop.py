@@ -9,10 +9,11 @@ with infinities), EMA of the weights, suspension of AGR, and checkpoints that a 
 """
 
 import argparse
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
@@ -25,6 +26,7 @@ from agr_hf.integrations.accelerate import (
     load_checkpoint,
     save_checkpoint,
 )
+from agr_hf.integrations.launch import check_launch
 from agr_hf.tasks.digits import digits_model, load_digits
 
 
@@ -45,8 +47,10 @@ def parse_args(argv=None):
     parser.add_argument("--resume_from_checkpoint", help="a folder, or 'latest'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--ddp_timeout", type=int, default=1800, help="seconds that a process waits for the others")
     args = parser.parse_args(argv)
-    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"):
+    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps",
+                 "ddp_timeout"):  # fmt: skip
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
     if args.agr_steps is not None and not args.optim.startswith("agr_"):
@@ -64,7 +68,14 @@ def main(argv=None):
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         # The scheduler counts optimizer steps of the run, not of each process.
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
+    check_launch(accelerator)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"this loop averages whole weights, and does not run under {accelerator.distributed_type.value}; start it with "
+            "DDP, or train sharded models with Trainer, as train_image_classifier.py does"
+        )
     set_seed(args.seed)
     data = load_digits()
     model = digits_model()

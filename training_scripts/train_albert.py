@@ -27,7 +27,8 @@ from agr_hf.files import replaced_folder
 from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR, TrainingTime
 from agr_hf.integrations.epochs import EpochOf
-from agr_hf.integrations.trainer import parse_optim_args, train, trainer_optimizer
+from agr_hf.integrations.launch import check_launch
+from agr_hf.integrations.trainer import parse_optim_args, save_model, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
 from agr_hf.tasks.recipes import apply_recipe, refuse_data_parallel
@@ -124,6 +125,7 @@ def main(argv=None):
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    check_launch(args)
     refuse_data_parallel(args)
     if args.process_index == 0:
         refuse_used(args.output_dir, args.resume_from_checkpoint)
@@ -172,7 +174,7 @@ def main(argv=None):
     logger.info("masked accuracy %.2f%%, perplexity %.1f, sentence-order accuracy %.2f%%",
                 100 * metrics["masked_accuracy"], metrics["perplexity"], 100 * metrics["sop_accuracy"])  # fmt: skip
 
-    trainer.save_model()
+    save_model(trainer)
     if trainer.is_world_process_zero():
         config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
         config |= {"parameters": parameters, "train_pairs": len(train_data), "eval_pairs": len(eval_data)}

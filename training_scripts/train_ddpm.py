@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from agr_hf import create_optimizer, list_optimizers
 from agr_hf.hub.push import check_push, push_finished
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, latest_state, load_checkpoint, save_checkpoint
+from agr_hf.integrations.launch import check_launch
 from agr_hf.tasks import diffusion
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
@@ -134,6 +135,7 @@ def main(argv=None):
         # The scheduler counts optimizer steps of the run, not of each process.
         step_scheduler_with_optimizer=False,
     )
+    check_launch(accelerator)
     if accelerator.is_main_process:
         refuse_used(output_dir, args.resume_from_checkpoint, latest_state)
     if args.fid:

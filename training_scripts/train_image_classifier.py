@@ -18,7 +18,8 @@ import agr_hf
 from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations.callbacks import GradientScaleCheck, GradientStatistics, SuspendAGR, TrainingTime
 from agr_hf.integrations.epochs import EpochOf
-from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, train, trainer_optimizer
+from agr_hf.integrations.launch import check_launch
+from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, save_model, train, trainer_optimizer
 from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks.classifiers import classifier, parameter_count
 from agr_hf.tasks.images import classification_metrics, hub_source, load_images
@@ -89,6 +90,7 @@ def main(argv=None):
     model_args, data_args, run_args, args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     set_seed(args.seed)
+    check_launch(args)
     refuse_data_parallel(args)
     if args.process_index == 0:
         refuse_used(args.output_dir, args.resume_from_checkpoint)
@@ -116,7 +118,7 @@ def main(argv=None):
     metrics = evaluation_of(trainer.evaluate())
     logger.info("test accuracy %.2f%%, test loss %.4f", 100 * metrics["accuracy"], metrics["loss"])
 
-    trainer.save_model()
+    save_model(trainer)
     if trainer.is_world_process_zero():
         config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
         files = (data_args.train_file, data_args.test_file)

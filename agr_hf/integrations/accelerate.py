@@ -33,28 +33,46 @@ class Progress:
         epoch: epochs completed.
         batches: batches of this process taken in the current epoch.
         step: optimizer steps made, steps skipped by a loss scaler included.
+        total_batch_size: examples of a batch on all processes together; None before `batches_of_epoch`.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
         self.batches = 0
         self.step = 0
+        self.total_batch_size: int | None = None
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batches": self.batches, "step": self.step}
+    def state_dict(self) -> dict[str, int | None]:
+        return vars(self).copy()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batches, self.step = state["epoch"], state["batches"], state["step"]
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
+        vars(self).update({"total_batch_size": None, **state})  # states of older versions lack it
 
 
 def batches_of_epoch(accelerator: Accelerator, loader: Any, progress: Progress) -> Any:
     """The batches of epoch `progress.epoch` that are still to be taken, in the order of a run never stopped.
 
+    The number of processes and the batch of each may be others than before the run was stopped: what was taken of the epoch
+    is counted in examples.
+
     Args:
         accelerator: the one that prepared `loader`, with `DataLoaderConfiguration(use_seedable_sampler=True)`.
         loader: a prepared DataLoader.
         progress: where the loop is.
+
+    Raises:
+        ValueError: what was taken of the epoch is no whole number of batches now.
     """
+    before, progress.total_batch_size = progress.total_batch_size, loader.total_batch_size
+    if progress.batches and before not in (None, loader.total_batch_size):
+        taken = progress.batches * before
+        progress.batches, left_over = divmod(taken, loader.total_batch_size)
+        if left_over:
+            raise ValueError(
+                f"the checkpoint is of {taken} examples of an epoch, taken in batches of {before} on all processes "
+                f"together, and now they are of {loader.total_batch_size}, which does not divide them; start a number of "
+                "processes, or give each a batch, with a total that does, or go on from a checkpoint at the end of an epoch"
+            )
     loader.set_epoch(progress.epoch)
     if not progress.batches:
         return loader

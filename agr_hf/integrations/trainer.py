@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import resolve_checkpoint, weight_map_of
 from agr_hf.integrations.clipping import clip_in_step
+from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.random_states import kept_random_states
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
@@ -49,6 +50,7 @@ def register() -> None:
 def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
     def handle(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """What Trainer asks for: an optimizer class and its arguments, groups under "params"."""
+        check_launch(context.args)
         options = parse_optim_args(info, context.args.optim_args)
         arguments = optimizer_arguments(info, context.args, options)
         told = context.model is not None and _regularizes(info, arguments)
@@ -101,12 +103,13 @@ def trainer_optimizer(
         **options: arguments of the optimizer, such as `agr_steps=1000`.
 
     Raises:
-        ValueError: there is no such name or option.
+        ValueError: there is no such name or option, or this process trains alone beside others (`check_launch`).
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("agr_adamw", args, agr_steps=1000), ...)
     """
     private.move_trainer_clipping(clip_in_step)
+    check_launch(args)
     info = optimizer_info(name)
     unknown = set(options) - set(inspect.signature(info.cls).parameters)
     if unknown:
@@ -190,6 +193,16 @@ def _devices_of(trainer: Trainer) -> list[torch.device]:
     """Whose generators a forward pass may draw from: with DataParallel those of several devices."""
     device, count = trainer.args.device, trainer.args.n_gpu
     return [torch.device(device.type, index) for index in range(count)] if count > 1 else [device]
+
+
+def save_model(trainer: Trainer) -> None:
+    """`trainer.save_model()` that writes the whole model under FSDP too. Every process calls it.
+
+    With `SHARDED_STATE_DICT`, the kind of its checkpoints, Trainer writes no model at all, and says nothing.
+    """
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
 
 
 @contextmanager

@@ -15,8 +15,8 @@ def check_not_flat(name: str, param: Tensor) -> None:
         raise ValueError(
             f"{name} needs each layer's own gradient, but FSDP1 has flattened the layers of this model into one "
             f"parameter of {param.numel()} elements; use FSDP2 (torch.distributed.fsdp.fully_shard, or "
-            "fsdp_version: 2 in the accelerate config), or FSDP1 with use_orig_params=True and ShardingStrategy."
-            "NO_SHARD"
+            "fsdp_version: 2 in the accelerate config, which `accelerate to-fsdp2 --config_file OLD --output_file NEW` "
+            "writes), or FSDP1 with use_orig_params=True and ShardingStrategy.NO_SHARD"
         )
 
 

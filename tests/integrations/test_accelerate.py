@@ -8,12 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
 from launching import exit_code, run_module
 from safetensors.torch import load
 
 from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
-from agr_hf.integrations.accelerate import ema_of, latest_state, load_checkpoint, save_checkpoint
+from agr_hf.integrations.accelerate import (
+    Progress,
+    batches_of_epoch,
+    ema_of,
+    latest_state,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 ROOT = Path(__file__).parents[2]
 LOOP = ROOT / "training_scripts/accelerate_loop.py"
@@ -298,3 +305,30 @@ def test_parameters_swapped_behind_the_optimizer_get_state_of_their_own():
         optimizer.step()
         assert set(optimizer.state) == {new}
         assert torch.equal(old.detach(), torch.ones(3, 3))
+
+
+def test_an_epoch_goes_on_in_batches_of_another_size(tmp_path):
+    """As with another number of processes: the examples that are still to come, each once."""
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+
+    def loader(size):
+        return accelerator.prepare(torch.utils.data.DataLoader(range(48), size, shuffle=True))
+
+    def flat(batches):
+        return [int(value) for batch in batches for value in batch]
+
+    progress = Progress()
+    progress.epoch = 3
+    order = flat(batches_of_epoch(accelerator, loader(4), progress))
+    progress.batches = 4  # of 4 examples
+    state = progress.state_dict()
+    for size, batches in ((8, 2), (2, 8), (16, 1)):
+        progress = Progress()
+        progress.load_state_dict(state)
+        assert flat(batches_of_epoch(accelerator, loader(size), progress)) == order[16:]
+        assert progress.batches == batches
+    with pytest.raises(ValueError, match="16 examples of an epoch, taken in batches of 4 .*now they are of 6"):
+        progress.load_state_dict(state)
+        batches_of_epoch(accelerator, loader(6), progress)
+    progress.load_state_dict({"epoch": 3, "batches": 4, "step": 9})  # of an older version
+    assert flat(batches_of_epoch(accelerator, loader(4), progress)) == order[16:]
