@@ -111,7 +111,7 @@ def test_sharded_models_train_to_the_same_end_and_go_on_with_half_the_processes(
 def test_trainer_shards_by_its_own_arguments_and_goes_on_with_half_the_processes_from_a_full_state(ddp, tmp_path):
     folder = tmp_path / "run"
     settings = {"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "state_dict_type": "FULL_STATE_DICT"}
-    command = [*ON_GLOO, *CLASSIFIER, *SMALL, "--fsdp", "true", "--fsdp_config", json.dumps(settings)]
+    command = [*ON_GLOO, *CLASSIFIER, *SMALL, "--fsdp", "--fsdp_config", json.dumps(settings)]
     torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node"]
     run([*torchrun, 2, *command, *small_batch(2), "--num_train_epochs", "1", "--output_dir", folder])
     check_same_end(folder, ddp, 2)
