@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from agr_hf.environment import environment
 from agr_hf.files import write_text
 from agr_hf.integrations.checkpoints import latest_checkpoint
-from agr_hf.optim.flags import agr_flags, unwrapped
+from agr_hf.optim.flags import unwrapped
 from agr_hf.texts import public
 
 if TYPE_CHECKING:
@@ -239,7 +239,9 @@ def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         values = {key: value for key, value in group.items() if key not in NO_OPTIONS}
         values["lr"] = group.get("initial_lr", group["lr"])
         if "agr" in group:
-            values["agr"] = f"{sum(agr_flags(group))} of {len(group['params'])} tensors"
+            # A list has an answer for each layer; ZeRO puts one flat tensor in the place of them all.
+            flags = group["agr"] if isinstance(group["agr"], list) else [bool(group["agr"])] * len(group["params"])
+            values["agr"] = f"{sum(flags)} of {len(flags)} tensors"
         values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
         counts = {"tensors": len(group["params"]), "parameters": sum(param.numel() for param in group["params"])}
         found.append({**values, **counts})
