@@ -24,6 +24,7 @@ from transformers import (
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
 from agr_hf.optim.flags import is_suspended, unwrapped
+from agr_hf.optim.flattened import is_deepspeed_here
 from agr_hf.optim.options import is_at_least_zero
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
 
@@ -180,7 +181,10 @@ class GradientStatistics(TrainerCallback):
                 for key, value in summary.as_dict().items():
                     if math.isfinite(value):
                         self._pending.setdefault(f"gradients/{name}/{key}", []).append(value)
-        self._pending.setdefault("gradients/overall/measurements", []).append(1)
+        if found:
+            self._pending.setdefault("gradients/overall/measurements", []).append(1)
+        elif is_deepspeed_here() and state.global_step == 0:
+            logger.warning("GradientStatistics sees no gradients: DeepSpeed keeps them in its own partitions")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # What was measured belongs into the checkpoint: a run resumed from it does not measure it again.

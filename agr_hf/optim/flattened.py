@@ -39,6 +39,25 @@ class GivenLayers:
         return [(group, known.get(id(group), group["params"])) for group in groups]
 
 
+def layer_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups of an optimizer, with the layers that it was given where DeepSpeed has put flat tensors in their place.
+
+    Args:
+        optimizer: any torch optimizer, also in the wrappers of accelerate and DeepSpeed.
+    """
+    inner = optimizer
+    while getattr(inner, "optimizer", None) is not None:
+        inner = inner.optimizer
+    groups, given = list(inner.param_groups), getattr(inner, "_layers", None)
+    if not is_deepspeed_here() or not isinstance(given, GivenLayers):
+        return groups
+    # Stages 1 and 2 leave one flat tensor in a group, stage 3 none between the steps.
+    return [
+        group if len(group["params"]) == len(layers) else {**group, "params": layers}
+        for group, layers in given.pair(groups)
+    ]
+
+
 def is_deepspeed_here() -> bool:
     return "deepspeed" in sys.modules
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.flattened import layer_groups
 from agr_hf.optim.norms import BLOCK
 from agr_hf.optim.param_groups import by_layer_type
 from agr_hf.optim.shards import local, reduced, widest
@@ -46,7 +47,7 @@ def agr_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tu
     """
     regularized, _ = by_layer_type(model)
     wanted = set()
-    for group in optimizer.param_groups:
+    for group in layer_groups(optimizer):
         knows = "agr" in group or "agr_step" in group  # the latter alone where it is attached
         flags = agr_flags(group) if knows else [param in regularized for param in group["params"]]
         wanted |= {

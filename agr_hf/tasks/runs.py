@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from agr_hf.environment import environment
 from agr_hf.files import write_text
 from agr_hf.integrations.checkpoints import latest_checkpoint
-from agr_hf.optim.flags import unwrapped
+from agr_hf.optim.flags import agr_flags
+from agr_hf.optim.flattened import layer_groups
 from agr_hf.texts import public
 
 if TYPE_CHECKING:
@@ -235,17 +236,20 @@ NO_OPTIONS = ("params", "agr", "agr_step", "agr_suspended", "initial_lr")
 def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Every hyperparameter of each parameter group, at the start of its schedule; and what the group holds."""
     found = []
-    for group in unwrapped(optimizer).param_groups:
+    for group in layer_groups(optimizer):
         values = {key: value for key, value in group.items() if key not in NO_OPTIONS}
         values["lr"] = group.get("initial_lr", group["lr"])
         if "agr" in group:
-            # A list has an answer for each layer; ZeRO puts one flat tensor in the place of them all.
-            flags = group["agr"] if isinstance(group["agr"], list) else [bool(group["agr"])] * len(group["params"])
-            values["agr"] = f"{sum(flags)} of {len(flags)} tensors"
+            values["agr"] = f"{sum(agr_flags(group))} of {len(group['params'])} tensors"
         values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
-        counts = {"tensors": len(group["params"]), "parameters": sum(param.numel() for param in group["params"])}
+        counts = {"tensors": len(group["params"]), "parameters": sum(map(_numel, group["params"]))}
         found.append({**values, **counts})
     return found
+
+
+def _numel(param: torch.Tensor) -> int:
+    """Of the whole parameter: under ZeRO stage 3 it is empty itself."""
+    return getattr(param, "ds_numel", param.numel())
 
 
 def gradients_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

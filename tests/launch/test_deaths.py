@@ -90,14 +90,14 @@ def unfinished(folder):
 @pytest.mark.timeout(3600)
 def test_fifty_kills_at_random_moments(tmp_path):
     random.seed(SEED)
-    loop = [*LOOP, "--num_train_epochs", "100"]  # of 8 steps
+    loop = [*LOOP, "--num_train_epochs", "200"]  # of 8 steps
     run([*launcher(0), *loop, "--output_dir", tmp_path / "whole"], timeout=900)
     log, folder = tmp_path / "log", tmp_path / "killed"
-    kills, saving, starts = 0, 0, 0
+    kills, saving, starts, checkpoints = 0, 0, 0, set()
     with open(log, "w") as file:
         job = subprocess.Popen(
             list(map(str, [*launcher(60), *loop, *LATEST, "--output_dir", folder])), cwd=ROOT,
-            env=environment(STEP_SECONDS="0.1", **NEW_STORE), stdout=file, stderr=file,
+            env=environment(STEP_SECONDS="0.05", **NEW_STORE), stdout=file, stderr=file,
         )  # fmt: skip
     try:
         while kills < 50:
@@ -105,12 +105,14 @@ def test_fifty_kills_at_random_moments(tmp_path):
                 assert job.poll() is None, f"the job ended after {kills} kills"
                 time.sleep(0.05)
             starts = log.read_text().count("first step\n")
-            time.sleep(random.uniform(0, 1.0))
+            time.sleep(random.uniform(0, 3.0))  # a save is due every half second
             if kills % 2:
                 deadline = time.monotonic() + 10
                 while not unfinished(folder) and time.monotonic() < deadline:
                     time.sleep(0.0005)
+                time.sleep(random.uniform(0, 0.02))
             saving += bool(unfinished(folder))
+            checkpoints |= {path.name for path in folder.glob("checkpoint-*")}
             os.kill(random.choice(workers(job.pid)), signal.SIGKILL)
             kills += 1
         assert job.wait(600) == 0, log.read_text()[-3000:]
@@ -118,5 +120,8 @@ def test_fifty_kills_at_random_moments(tmp_path):
         job.terminate()
         job.wait()
     assert same_bits(ended(folder), ended(tmp_path / "whole"))
-    print(f"{kills} kills (seed {SEED}), {saving} of them in a save")
+    print(
+        f"{kills} kills (seed {SEED}), {saving} of them in a save; {len(checkpoints)} checkpoints were there at a kill"
+    )
     assert saving > 0
+    assert len(checkpoints) > 25  # or the starts went on from nothing
