@@ -1,12 +1,17 @@
 """What a run writes down, into which folder, and how it ends where it cannot run."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from launching import run_script
 
+from agr_hf import AGRAdamW
+from agr_hf.optim.statistics import agr_gradients
 from agr_hf.tasks.images import hub_source
-from agr_hf.tasks.runs import dataset_of, refuse_used, run_main
+from agr_hf.tasks.runs import dataset_of, optimizer_groups, refuse_used, run_main
 
 
 def test_own_files_are_not_called_as_the_default_set():
@@ -84,3 +89,15 @@ def test_processes_leave_their_group(tmp_path):
 
     run_main(main)
     assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize("left", [1, 0])  # by ZeRO's stages 1 and 2, and by stage 3 between the steps
+def test_groups_that_deepspeed_has_flattened_are_described_by_their_layers(left, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    model = torch.nn.Linear(3, 2)
+    optimizer = AGRAdamW([{"params": list(model.parameters()), "agr": [True, False]}])
+    expected = optimizer_groups(optimizer)
+    assert (expected[0]["agr"], expected[0]["tensors"], expected[0]["parameters"]) == ("1 of 2 tensors", 2, 8)
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(8))] * left
+    assert optimizer_groups(SimpleNamespace(optimizer=optimizer)) == expected  # as DeepSpeed wraps it
+    assert agr_gradients(model, SimpleNamespace(optimizer=optimizer)) == []
