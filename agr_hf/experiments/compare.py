@@ -29,10 +29,9 @@ from agr_hf.environment import environment
 from agr_hf.experiments.paired import Paired, bootstrap_interval, compare_paired, give_verdicts
 from agr_hf.experiments.rerun import script_path
 from agr_hf.files import write_text
-from agr_hf.tasks.runs import plain
+from agr_hf.tasks.runs import lower_is_better, plain
 
 SCRIPTS = {"images": "train_image_classifier.py", "albert": "train_albert.py", "ddpm": "train_ddpm.py"}
-LOWER_IS_BETTER = ("loss", "perplexity", "distance", "fid", "error")
 OWN_ARGUMENTS = ("--optim", "--seed", "--output_dir", "--resume_from_checkpoint")
 
 
@@ -295,7 +294,7 @@ def summarize(comparison: Comparison, output: Path) -> dict[str, Any]:
             values, baseline = ([scale * float(pairs[seed][i] or 0.0) for seed in seeds] for i in (0, 1))
             # Points of a percentage; of other metrics, percent of what the baseline has.
             margin = comparison.margin if scale == 100.0 else comparison.margin / 100 * abs(statistics.mean(baseline))
-            lower = any(word in key for word in LOWER_IS_BETTER)
+            lower = lower_is_better(key)
             paired = compare_paired(values, baseline, margin or 1e-12, lower_is_better=lower)
             interval = bootstrap_interval(values, baseline)
             if interval and lower:

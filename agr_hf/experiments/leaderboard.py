@@ -15,6 +15,7 @@ from agr_hf.hub.cards import shown_metrics, task_of
 from agr_hf.hub.download import published_results
 from agr_hf.hub.results import read_results
 from agr_hf.optim.registry import OPTIMIZERS
+from agr_hf.tasks.runs import lower_is_better
 from agr_hf.texts import one_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ PER_RUN = (
     "channels",
 )
 COLUMNS = ("model_name", "unet", "optim", "learning_rate")
-LOWER_IS_BETTER = ("loss", "perplexity", "fid")
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,6 @@ def _row(group: list[Mapping[str, Any]]) -> _Row:
 def _order(row: _Row) -> tuple[Any, ...]:
     run = row.runs[0]
     mean = statistics.mean(row.values) if row.values else math.inf  # what failed comes last
-    lower = row.metric in LOWER_IS_BETTER or row.metric.startswith("frechet_distance")
+    lower = lower_is_better(row.metric)
     data = str((run.get("dataset") or {}).get("name"))
     return run["task"], data, row.metric, mean if lower or not row.values else -mean

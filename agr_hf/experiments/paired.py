@@ -25,7 +25,7 @@ class Paired:
     Attributes:
         n: seeds.
         difference: mean of the differences.
-        low, high: 95% paired t interval; NaN with one seed.
+        low, high: 95% paired t interval; NaN with one seed, or where all differences are the same.
         deviation: standard deviation of the paired differences.
         unpaired_deviation: that of differences of two runs of unlike seeds.
         p: of a paired t test of no difference, two-sided.
@@ -73,10 +73,10 @@ def compare_paired(
     deviation = float(differences.std(ddof=1))
     unpaired = math.hypot(float(x.std(ddof=1)), float(y.std(ddof=1)))
     error = deviation / math.sqrt(n)
-    # Differences that are all alike leave nothing to estimate; rounding must not turn them into evidence.
+    # Differences that are all alike leave nothing to estimate their spread from: a metric that counts few examples is
+    # often the same in two seeds, and that is no evidence.
     if deviation <= 1e-12 * max(1.0, float(numpy.abs(x).max())):
-        p, p_equivalence = float(mean == 0.0), float(abs(mean) >= margin)
-        return Paired(n, mean, mean, mean, 0.0, unpaired, p, p_equivalence, margin)
+        return Paired(n, mean, math.nan, math.nan, 0.0, unpaired, math.nan, math.nan, margin)
     half = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * error
     p = 2 * _tail(n, abs(mean) / error)
     p_equivalence = max(_tail(n, (margin + mean) / error), _tail(n, (margin - mean) / error))
@@ -131,6 +131,8 @@ def seeds_needed(row: Paired) -> str:
     """About how many seeds would tell, at 80% power, that the difference seen is one, or that it is within the margin."""
     if row.n < 2:
         return "one seed says nothing about the next"
+    if row.deviation == 0.0:
+        return f"the difference is the same in all {row.n} seeds, which says nothing about its spread"
     effect = max(abs(row.difference), row.margin - abs(row.difference), 1e-300)
     quantiles = float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(0.8))
     needed = max(row.n + 1, math.ceil((quantiles * row.deviation / effect) ** 2) + 1)

@@ -256,8 +256,8 @@ class SaveOptimizerState(TrainerCallback):
     `agr_hf.integrations.checkpoints.load_optimizer` reads them back without pickle, on any machine.
 
     Raises:
-        RuntimeError: a hyperparameter search begins a trial. Its checkpoints go into a folder of its own, which callbacks
-            are not told; trials would write over each other's state.
+        RuntimeError: a hyperparameter search begins a trial. Its checkpoints go into a folder that a callback does not know,
+            so trials would overwrite each other's state.
     """
 
     def on_train_begin(
@@ -265,9 +265,9 @@ class SaveOptimizerState(TrainerCallback):
     ) -> None:
         if state.is_hyper_param_search:
             raise RuntimeError(
-                "SaveOptimizerState cannot take part in a hyperparameter search: a callback is not told the folder of its "
-                "trial; call trainer.remove_callback(SaveOptimizerState) before hyperparameter_search, Trainer's own "
-                "optimizer.pt is in each trial's checkpoints"
+                "SaveOptimizerState does not work in a hyperparameter search: a callback does not know the folder of its "
+                "trial; call trainer.remove_callback(SaveOptimizerState) before hyperparameter_search. Each trial's "
+                "checkpoints have Trainer's own optimizer.pt"
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

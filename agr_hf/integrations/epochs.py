@@ -72,7 +72,7 @@ class SeededDraws(EpochOf):
             generator.manual_seed(mixed_seed(self.seed, self.data.epoch))
 
     def seed_loader(self, loader: Any) -> bool:
-        """Seed the batches of a loader, prepared by accelerate or not; False where it has none that can be told apart."""
+        """Seed the batches of a loader, prepared by accelerate or not; False where its batches cannot be identified."""
         base = getattr(loader, "base_dataloader", loader)
         if not isinstance(base, DataLoader) or isinstance(base.dataset, IterableDataset) or base.batch_sampler is None:
             return False

@@ -50,7 +50,7 @@ def _refuse_lonely_processes() -> None:
     if processes > 1:
         raise ValueError(
             f"{processes} processes were started, and each of them would train alone, on the same data, into the same "
-            "folder: accelerate joins processes without GPUs only where it is told that they have none. Pass "
+            "folder: accelerate does not join processes without GPUs by default. Pass "
             "--use_cpu true (Trainer) or cpu=True (Accelerator; --cpu in this package's loops), or set ACCELERATE_USE_CPU=1"
         )
     # What accelerate's launcher sets for a process that it expects others beside, and starts alone.

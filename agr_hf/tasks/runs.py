@@ -252,6 +252,11 @@ def _numel(param: torch.Tensor) -> int:
     return getattr(param, "ds_numel", param.numel())
 
 
+def lower_is_better(metric: str) -> bool:
+    """Of a metric by its name: losses, perplexities, distances and errors."""
+    return not {"loss", "perplexity", "distance", "fid", "error"}.isdisjoint(metric.split("_"))
+
+
 def gradients_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What AGR did to the gradients in a run: means over its measurements, of the largest share the maximum.
 

@@ -308,7 +308,7 @@ def test_parameters_swapped_behind_the_optimizer_get_state_of_their_own():
 
 
 def test_an_epoch_goes_on_in_batches_of_another_size(tmp_path):
-    """As with another number of processes: the examples that are still to come, each once."""
+    """As with another number of processes: the remaining examples, each once."""
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
 
     def loader(size):

@@ -105,7 +105,7 @@ def test_a_later_epoch_applies_agr_again_where_the_checkpoint_suspended_it(flags
 
 
 def test_optimizer_state_of_a_search_is_refused_before_a_trial_trains(tmp_path):
-    """Trials would write into one folder; a callback is not told that of its trial."""
+    """Trials would write into one folder; a callback does not know that of its trial."""
     args = arguments(tmp_path, optim="agr_adamw", max_steps=2, save_strategy="steps", save_steps=1)
     options = {"model_init": lambda _: small_model(), "eval_dataset": small_data(8)}
     trainer = trainer_of(None, args, callbacks=[SaveOptimizerState()], **options)
@@ -113,7 +113,7 @@ def test_optimizer_state_of_a_search_is_refused_before_a_trial_trains(tmp_path):
     def space(trial):
         return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}
 
-    with pytest.raises(RuntimeError, match="SaveOptimizerState cannot take part in a hyperparameter search"):
+    with pytest.raises(RuntimeError, match="SaveOptimizerState does not work in a hyperparameter search"):
         trainer.hyperparameter_search(backend="optuna", n_trials=1, hp_space=space)
     assert not list(tmp_path.rglob("checkpoint-*"))
     trainer.remove_callback(SaveOptimizerState)

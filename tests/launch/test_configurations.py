@@ -134,7 +134,7 @@ def test_two_machines_that_accelerate_does_not_join_are_refused_before_they_writ
 @pytest.mark.launch
 def test_torchrun_without_a_gpu_and_without_use_cpu_is_refused(tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there are GPUs here, and the processes join")
+        pytest.skip("needs a machine without GPUs: with them, the processes join")
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *CLASSIFIER, *SMALL]
     done = finish([*command, "--output_dir", tmp_path / "run"])
     assert done.returncode != 0
@@ -143,7 +143,7 @@ def test_torchrun_without_a_gpu_and_without_use_cpu_is_refused(tmp_path):
 
 
 @pytest.mark.deepspeed
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed: make test-deepspeed")
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_zero_trains_to_the_same_end(name, ddp, tmp_path):
     command = [*accelerate_launch(name), *CLASSIFIER, *SMALL, *small_batch(2), "--num_train_epochs", "1"]

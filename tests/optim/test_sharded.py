@@ -275,7 +275,7 @@ def check_distributed_checkpoint():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.ReLU(), torch.nn.Linear(33, 3)).double()
         fully_shard(model)
-        # One group with `agr` told for each parameter, as Trainer's are.
+        # One group with an `agr` for each parameter, as Trainer's are.
         group = {"params": list(model.parameters()), "agr": [True, False, True, False]}
         return model, OPTIMIZERS["agr_adamw"].cls([group], lr=1e-2)
 
