@@ -26,7 +26,7 @@ if __name__ == "__main__":
             queue = context.Queue()
             process = context.Process(target=look, args=(queue,))
             process.start()
-            print(method, *queue.get(timeout=200))
+            print(method, *queue.get(timeout=60))
             process.join()
         sys.exit(7)
     if sys.argv[1] == "fail":

@@ -167,6 +167,18 @@ def test_layers_that_are_not_where_they_are_looked_for_are_refused(one_rank):
     assert not optimizer.state
 
 
+def test_a_partition_that_lacks_elements_of_a_layer_is_refused(one_rank):
+    layers = make_layers()
+    optimizer = agr_hf.AGRAdamW(layers)
+    (flat,), _ = partition_as_stages_1_and_2(optimizer, layers)
+    short = Parameter(flat.detach()[:-5].clone())  # 3 of padding, and 2 of the last layer
+    short.grad = torch.ones_like(short)
+    optimizer.param_groups[0]["params"] = [short]
+    with pytest.raises(RuntimeError, match="not found where DeepSpeed usually has them"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("clip", ["option", "request"])
 def test_clipping_is_left_to_deepspeed(clip, one_rank):
     layers = make_layers()
