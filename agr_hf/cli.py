@@ -89,7 +89,10 @@ def parser() -> argparse.ArgumentParser:
         help="images, albert, ddpm, or the path of a script that takes --optim, --seed and --output_dir and writes "
         'results.json with {"metrics": {...}} there',
     )
-    versus.add_argument("--optim", nargs="+", required=True, metavar="NAME", help="what --optim of the script takes")
+    versus.add_argument(
+        "--optim", nargs="+", required=True, metavar="NAME",
+        help="name and options, as agr_adamw,second_moment=regularized, or MODULE:CLASS of any package",
+    )  # fmt: skip
     versus.add_argument("--seeds", type=count, required=True, help="seeds for each optimizer, counted from 0")
     versus.add_argument("--output", type=Path, required=True, help="folder of the comparison")
     versus.add_argument("--baseline", metavar="NAME", help="that others are compared with (the first of --optim)")
@@ -100,8 +103,34 @@ def parser() -> argparse.ArgumentParser:
         "--margin", type=float, default=0.2,
         help="a difference that does not matter: points of metrics in percent, percent of the mean of others (%(default)s)",
     )  # fmt: skip
+    versus.add_argument(
+        "--search", action="append", default=[], metavar="ARGUMENT=LOW..HIGH",
+        help="tune each optimizer first, with seeds of its own (learning_rate=1e-4..1e-2)",
+    )  # fmt: skip
+    versus.add_argument("--trials", type=count, help="of the search, for each optimizer")
     versus.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
+    versus.add_argument(
+        "--storage", metavar="URL", help="database for workers on several machines, such as postgresql://user@host/name "
+        "(trials.db under --output)",
+    )  # fmt: skip
     versus.set_defaults(run=run_compare)
+    claim = commands.add_parser("claim", help="what the papers claim, and what was found")
+    kinds = claim.add_subparsers(dest="kind", required=True, metavar="list|run")
+    listed = kinds.add_parser("list", help="all claims as a table, with the verdicts of measurements")
+    listed.add_argument("--results", type=Path, help="a folder of measurements, as docs/claims")
+    listed.set_defaults(run=run_claim_list)
+    measured = kinds.add_parser(
+        "run", help="measure one", usage="agr-hf claim run NAME --size SIZE --output DIR [options] [-- ARGUMENT ...]"
+    )
+    measured.add_argument("name", help="of agr-hf claim list")
+    measured.add_argument(
+        "--size", choices=("small", "gpu", "published"), default="small",
+        help="minutes to an hour on 2 cores, an hour on a GPU, or the paper's setting (%(default)s)",
+    )  # fmt: skip
+    measured.add_argument("--output", type=Path, default=Path("claims"), help="folder (%(default)s)")
+    measured.add_argument("--seeds", type=count, help="in the place of the claim's number")
+    measured.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
+    measured.set_defaults(run=run_claim)
     board = commands.add_parser("leaderboard", help="one table over runs, by task and optimizer")
     board.add_argument("runs", nargs="+", help="run folders, folders of them, or repositories on the Hub")
     board.set_defaults(run=run_leaderboard)
@@ -186,9 +215,33 @@ def run_compare(arguments: argparse.Namespace) -> None:
         arguments.margin,
         arguments.baseline,
         arguments.extra,
+        arguments.search,
+        arguments.trials,
     )
-    print("\n" + report(compare(comparison, arguments.output, workers=arguments.workers)))
+    found = compare(comparison, arguments.output, workers=arguments.workers, storage=arguments.storage)
+    print("\n" + report(found))
     print(f"Written to {arguments.output}: comparison.json, report.md, runs/")
+
+
+def run_claim_list(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.claims import claims_table, read_claims
+
+    print(claims_table(read_claims(arguments.results) if arguments.results else {}))
+
+
+def run_claim(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.claims import run_claim
+
+    found = run_claim(
+        arguments.name,
+        arguments.size,
+        arguments.output,
+        seeds=arguments.seeds,
+        workers=arguments.workers,
+        arguments=arguments.extra,
+    )
+    print(f"{found['claim']}: {found['verdict']}. {found['effect']} (n = {found['n']})")
+    print(f"Written to {arguments.output / arguments.name}.json")
 
 
 def run_script(arguments: argparse.Namespace) -> None:
@@ -226,7 +279,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it did what was asked, 1 with a sentence on stderr if it could not."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    again = argv[:1] in (["resume"], ["reproduce"], ["compare"])
+    again = argv[:1] in (["resume"], ["reproduce"], ["compare"], ["claim"])
     own, extra = argv, []
     if argv[:1] == ["run"]:
         # All behind the target is the script's, --help too.

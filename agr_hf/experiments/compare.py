@@ -1,54 +1,72 @@
 """`agr-hf compare`: does an optimizer help? The same script with each optimizer over paired seeds, and verdicts.
 
-A run is a folder, `DIR/runs/NAME/seed-K`, and is done when its `results.json` is there. Workers, of one command or of
-several, take runs that are not done, each under a lock that ends with its process. So a comparison that was stopped goes on
-where it was, and no run is taken twice.
+A run is a folder, `DIR/runs/NAME/seed-K`, and a trial in a database (trials.py). Workers, of one command or of several, take
+trials that nobody has in hand. So a comparison that was stopped goes on where it was, and no run is taken twice. A search
+(`--search`) comes first: as many trials for each optimizer, with a seed that no run is evaluated with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shlex
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from agr_hf.environment import environment
 from agr_hf.experiments.paired import Paired, bootstrap_interval, compare_paired, give_verdicts
+from agr_hf.experiments.processes import ScriptRun
 from agr_hf.experiments.rerun import script_path
+from agr_hf.experiments.trials import BEAT, Range, Taken, Trials, open_storage
 from agr_hf.files import write_text
 from agr_hf.tasks.runs import lower_is_better, plain
 
-SCRIPTS = {"images": "train_image_classifier.py", "albert": "train_albert.py", "ddpm": "train_ddpm.py"}
-OWN_ARGUMENTS = ("--optim", "--seed", "--output_dir", "--resume_from_checkpoint")
+# Script of a task, and the metric that a search goes by.
+TASKS = {
+    "images": ("train_image_classifier.py", "accuracy"),
+    "albert": ("train_albert.py", "loss"),
+    "ddpm": ("train_ddpm.py", "loss"),
+    "functions": ("minimize_functions.py", "distance"),
+}
+RESUMABLE = ("images", "albert", "ddpm")
+OWN_ARGUMENTS = ("--optim", "--optim_args", "--seed", "--output_dir", "--resume_from_checkpoint")
+TUNING_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seeds: an optimizer, and the values of the arguments that the comparison varies."""
+    """Runs that differ in their seeds: an optimizer, and the values of the arguments that the comparison varies.
+
+    Attributes:
+        optimizer: NAME or MODULE:CLASS, and its options: `agr_adamw,second_moment=regularized`.
+        settings: arguments of the script and their values.
+    """
 
     optimizer: str
     settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
-        return ",".join([self.optimizer, *[f"{key}={value}" for key, value in self.settings]])
+        return ",".join([self.optimizer.replace(":", "."), *[f"{key}={value}" for key, value in self.settings]])
+
+    @property
+    def optim(self) -> str:
+        return self.optimizer.partition(",")[0]
 
     @property
     def arguments(self) -> list[str]:
-        return ["--optim", self.optimizer, *[word for key, value in self.settings for word in (f"--{key}", value)]]
+        options = self.optimizer.partition(",")[2]
+        words = ["--optim", self.optim, *(["--optim_args", options] if options else [])]
+        return [*words, *[word for key, value in self.settings for word in (f"--{key}", value)]]
 
 
 @dataclass(frozen=True)
@@ -62,20 +80,42 @@ class Comparison:
     seeds: int
     margin: float
     arguments: tuple[str, ...]
+    ranges: tuple[Range, ...] = ()
+    trials: int = 0
 
-    def folder(self, output: Path, cell: Cell, seed: int) -> Path:
-        return output / "runs" / cell.name / f"seed-{seed}"
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What runs of it have in common: another comparison cannot go on with them."""
+        found: dict[str, Any] = {"script": self.script.name, "arguments": list(self.arguments)}
+        if self.ranges:
+            found |= {"search": [asdict(of) for of in self.ranges], "trials": self.trials}
+        return found
+
+    def trials_of(self, storage: Any, cell: Cell | None = None) -> Trials:
+        """The queue of runs; of a cell, its search."""
+        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
+        study = "runs" if cell is None else f"search, {cell.name}"
+        metric = self.objective
+        ranges, budget = ((), 0) if cell is None else (self.ranges, self.trials)
+        return Trials(
+            storage, f"{self.script.stem} {digest}: {study}", maximize=bool(metric) and not lower_is_better(metric or ""),
+            ranges=ranges, budget=budget,
+        )  # fmt: skip
+
+    @property
+    def objective(self) -> str:
+        return TASKS[self.task][1] if self.task in TASKS else "loss"
 
 
 def plan_comparison(
     task: str, optimizers: Sequence[str], seeds: int, settings: Sequence[str], margin: float, baseline: str | None,
-    arguments: Sequence[str],
+    arguments: Sequence[str], search: Sequence[str] = (), trials: int | None = None,
 ) -> Comparison:  # fmt: skip
     """What a command line asks for.
 
     Raises:
-        ValueError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, or no
-            such script.
+        ValueError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, a
+            search without trials, or no such script.
     """
     names = list(dict.fromkeys(optimizers))
     baseline = baseline or names[0]
@@ -86,6 +126,8 @@ def plan_comparison(
         )
     if not margin > 0:
         raise ValueError(f"margin={margin!r} is not allowed; it must be a number > 0")
+    if bool(search) != (trials is not None):
+        raise ValueError("--search and --trials go together: where to look, and how often for each optimizer")
     own = [
         word for word in arguments if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in OWN_ARGUMENTS
     ]
@@ -102,14 +144,20 @@ def plan_comparison(
     cells = tuple(Cell(name, chosen) for chosen in product(*grid) for name in names)
     if any("/" in cell.name or cell.name.startswith(".") for cell in cells):
         raise ValueError("optimizers and values of --set name folders, and cannot hold a /")
-    script = script_path(SCRIPTS[task]) if task in SCRIPTS else Path(task)
+    script = script_path(TASKS[task][0]) if task in TASKS else Path(task)
     if not script.is_file():
-        raise ValueError(f"there is no task and no script {task!r}; tasks are {', '.join(SCRIPTS)}")
-    return Comparison(script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments))
+        raise ValueError(f"there is no task and no script {task!r}; tasks are {', '.join(TASKS)}")
+    ranges = tuple(Range.parse(text) for text in search)
+    return Comparison(script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0)
 
 
 def compare(
-    comparison: Comparison, output: Path, *, workers: int = 1, say: Callable[[str], None] = print
+    comparison: Comparison,
+    output: Path,
+    *,
+    workers: int = 1,
+    storage: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Take the runs that are not done, then write `comparison.json` and `report.md` under `output`; returns the first.
 
@@ -120,60 +168,57 @@ def compare(
         comparison: what to compare.
         output: folder of the comparison. One that was made with other arguments is refused.
         workers: runs at a time; torch gets its share of the cores in each.
+        storage: database that workers on several machines share, as SQLAlchemy's URL. Default: `output/trials.db`.
         say: takes the lines for the user.
 
     Raises:
-        ValueError: the folder is of another comparison.
+        ValueError: the folder is of another comparison, or the database cannot be opened.
         RuntimeError: runs failed; the others are done, and the message names the logs.
     """
     _claim(comparison, output)
+    database = open_storage(storage or f"sqlite:///{(output / 'trials.db').resolve()}")
+    total = len(comparison.cells) * (comparison.seeds + comparison.trials)
+    pool = _Pool(comparison, output, workers, _Progress(workers, say))
+    searches = [comparison.trials_of(database, cell) for cell in comparison.cells] if comparison.ranges else []
+    for cell, search in zip(comparison.cells, searches, strict=False):
+        search.add_grid()
+        pool.work(search, output / "tuning" / cell.name, cell)
+    if pool.failed:
+        raise RuntimeError(f"{len(pool.failed)} runs of the search failed: {'; '.join(pool.failed)}")
+    tuned = {cell.name: search.best() for cell, search in zip(comparison.cells, searches, strict=False)}
+    queue = comparison.trials_of(database)
     # A seed after the other: a comparison that is looked at early has pairs.
-    todo: Queue[tuple[Cell, int]] = Queue()
-    for seed, cell in product(range(comparison.seeds), comparison.cells):
-        todo.put((cell, seed))
-    total, failed, progress = todo.qsize(), [], _Progress(todo.qsize(), workers, say)
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            try:
-                cell, seed = todo.get_nowait()
-            except Empty:
-                return
-            error = _run(comparison, output, cell, seed, max(1, (os.cpu_count() or 1) // workers), stop, progress)
-            if error:
-                failed.append(error)
-                say(error)
-
-    threads = [threading.Thread(target=work, name=f"worker-{i}") for i in range(min(workers, total))]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
-    finally:
-        stop.set()  # at Ctrl-C the scripts end with their workers
-        for thread in threads:
-            thread.join()
-    found = summarize(comparison, output)
+    queue.add({
+        f"{cell.name}/seed-{seed}": {"optim": cell.optim, "arguments": words_of(cell, tuned.get(cell.name, {}), seed)}
+        for seed, cell in product(range(comparison.seeds), comparison.cells)
+    })  # fmt: skip
+    pool.work(queue, output / "runs")
+    found = summarize(comparison, queue.metrics(), tuned)
     write_text(output / "comparison.json", json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
     write_text(output / "report.md", report(found))
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {total} runs failed: {'; '.join(failed)}")
+    if pool.failed:
+        raise RuntimeError(f"{len(pool.failed)} of {total} runs failed: {'; '.join(pool.failed)}")
     return found
+
+
+def words_of(cell: Cell, searched: Mapping[str, float], seed: int) -> list[str]:
+    """Arguments of the script that are compare's own."""
+    tuned = [word for key, value in searched.items() for word in (f"--{key}", repr(value))]
+    return [*cell.arguments, *tuned, "--seed", str(seed)]
 
 
 def _claim(comparison: Comparison, output: Path) -> None:
     """Refuse a folder of another comparison; more seeds or optimizers than before are no other one."""
-    mark = output / "compare.json"
-    own = {"script": comparison.script.name, "arguments": list(comparison.arguments)}
+    mark, own = output / "compare.json", comparison.identity
     if mark.exists():
         before = json.loads(mark.read_text())
-        if before != own:
+        if before != json.loads(json.dumps(own)):
+            searched = [of["argument"] for of in before.get("search", [])]
             raise ValueError(
                 f"{output} holds a comparison of {before['script']} with the arguments "
-                f"{shlex.join(before['arguments']) or '(none)'}; give the same ones, or another --output"
+                f"{shlex.join(before['arguments']) or '(none)'}"
+                + (f" and {before['trials']} trials of {', '.join(searched)}" if searched else "")
+                + "; give the same ones, or another --output"
             )
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -183,73 +228,73 @@ def _claim(comparison: Comparison, output: Path) -> None:
 class _Progress:
     """Says which run is done, and how long the others take."""
 
-    def __init__(self, total: int, workers: int, say: Callable[[str], None]) -> None:
-        self._total, self._workers, self._say = total, workers, say
-        self._done, self._seconds = 0, []  # type: tuple[int, list[float]]
-        self._lock = threading.Lock()
+    def __init__(self, workers: int, say: Callable[[str], None]) -> None:
+        self._workers, self.say = workers, say
+        self._seconds: list[float] = []
 
-    def done(self, cell: Cell, seed: int, seconds: float | None, metrics: Mapping[str, Any]) -> None:
-        with self._lock:
-            self._done += 1
-            if seconds is None:
-                return  # it was done before
-            self._seconds.append(seconds)
-            left = statistics.median(self._seconds) * (self._total - self._done) / self._workers
-            numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if _is_number(value))
-            self._say(
-                f"[{self._done}/{self._total}] {cell.name}, seed {seed}: {numbers or 'diverged'} ({seconds:.0f} s); "
-                f"about {left / 60:.0f} min left"
-            )
+    def done(self, name: str, seconds: float, metrics: Mapping[str, Any], in_hand: int) -> None:
+        self._seconds.append(seconds)
+        left = statistics.median(self._seconds) * in_hand / self._workers
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if _is_number(value))
+        self.say(f"{name}: {numbers or 'diverged'} ({seconds:.0f} s); {in_hand} runs left, about {left / 60:.0f} min")
 
 
-def _run(
-    comparison: Comparison,
-    output: Path,
-    cell: Cell,
-    seed: int,
-    threads: int,
-    stop: threading.Event,
-    progress: _Progress,
-) -> str | None:
-    """Take one run, unless it is done; a sentence where it fails."""
-    folder = comparison.folder(output, cell, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    while not stop.is_set():
-        try:
-            lock.acquire(timeout=0.5)
-            break
-        except Timeout:
-            continue  # another command has it in hand, or has just died with it
-    else:
-        return None
-    try:
-        if (folder / "results.json").exists():
-            progress.done(cell, seed, None, {})
-            return None
-        words = [sys.executable, str(comparison.script), *cell.arguments, *comparison.arguments]
-        words += ["--seed", str(seed), "--output_dir", str(folder)]
-        if comparison.task in SCRIPTS:
+class _Pool:
+    """Runs scripts, as many at a time as there are workers."""
+
+    def __init__(self, comparison: Comparison, output: Path, workers: int, progress: _Progress) -> None:
+        self._comparison, self._output, self._workers, self._progress = comparison, output, workers, progress
+        self.failed: list[str] = []
+
+    def _start(self, taken: Taken, folder: Path, cell: Cell | None) -> tuple[BaseProcess, ScriptRun]:
+        known = taken.trial.user_attrs
+        optim, words = (known["optim"], known["arguments"]) if cell is None else (
+            cell.optim, words_of(cell, taken.searched, TUNING_SEED)
+        )  # fmt: skip
+        words = [*words, *self._comparison.arguments, "--output_dir", str(folder / taken.run)]
+        if self._comparison.task in RESUMABLE:
             words += ["--resume_from_checkpoint", "latest"]
-        log, start = folder.with_name(f"{folder.name}.log"), time.monotonic()
-        with log.open("ab") as file:
-            script = subprocess.Popen(
-                words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
-            )
-            while script.poll() is None:
-                if stop.wait(0.1):
-                    script.terminate()
-                    script.wait()
-                    return None
-        metrics = read_metrics(folder)
-        if script.returncode or metrics is None:
-            lines = log.read_text(errors="replace").strip().splitlines() or [""]
-            why = f"exit code {script.returncode}" if script.returncode else "no results.json with metrics"
-            return f"{cell.name}, seed {seed}: {why}: {lines[-1][:200]} ({log})"
-        progress.done(cell, seed, time.monotonic() - start, metrics)
-        return None
-    finally:
-        lock.release()
+        threads = max(1, (os.cpu_count() or 1) // self._workers)
+        run = ScriptRun(self._comparison.script, tuple(words), optim, folder / taken.run, threads)
+        return run.start(), run
+
+    def work(self, trials: Trials, folder: Path, cell: Cell | None = None) -> None:
+        """Take trials until none is left, here or in the hands of others; those of a search are all of one cell."""
+        running: dict[BaseProcess, tuple[Taken, ScriptRun, float]] = {}
+        try:
+            while True:
+                while len(running) < self._workers and (taken := trials.take()):
+                    process, run = self._start(taken, folder, cell)
+                    running[process] = (taken, run, time.monotonic())
+                if not running and not trials.in_hand():
+                    return
+                if not wait([process.sentinel for process in running], timeout=BEAT) and not running:
+                    time.sleep(1)  # others have the last runs in hand
+                for process, (taken, run, start) in list(running.items()):
+                    if process.is_alive():
+                        taken.beat()
+                    else:
+                        del running[process]
+                        self._end(process, taken, run, time.monotonic() - start, trials)
+        finally:
+            for process, (taken, _, _) in running.items():  # Ctrl-C: the scripts end with their workers
+                process.terminate()
+                process.join()
+                taken.give_back()
+
+    def _end(self, process: BaseProcess, taken: Taken, run: ScriptRun, seconds: float, trials: Trials) -> None:
+        process.join()
+        metrics = read_metrics(run.folder)
+        if process.exitcode or metrics is None:
+            why = f"exit code {process.exitcode}" if process.exitcode else "no results.json with metrics"
+            self.failed.append(f"{run.folder.parent.name}, {run.folder.name}: {why}: {run.last_line()} ({run.log})")
+            taken.fail()
+            self._progress.say(self.failed[-1])
+            return
+        key = self._comparison.objective
+        key = key if key in metrics else next(iter(metrics), "")
+        taken.finish(metrics, metrics.get(key))
+        self._progress.done(f"{run.folder.parent.name}, {run.folder.name}", seconds, metrics, trials.in_hand())
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:
@@ -268,10 +313,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def summarize(comparison: Comparison, output: Path) -> dict[str, Any]:
+def summarize(
+    comparison: Comparison, found: Mapping[str, dict[str, Any]], tuned: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """Every optimizer against the baseline, in each setting and metric, over the seeds that both finished."""
     metrics = {
-        cell: {seed: read_metrics(comparison.folder(output, cell, seed)) for seed in range(comparison.seeds)}
+        cell: {seed: found.get(f"{cell.name}/seed-{seed}") for seed in range(comparison.seeds)}
         for cell in comparison.cells
     }
     keys = dict.fromkeys(key for runs in metrics.values() for found in runs.values() if found for key in found)
@@ -311,6 +358,7 @@ def summarize(comparison: Comparison, output: Path) -> dict[str, Any]:
         "script": comparison.script.name,
         "arguments": list(comparison.arguments),
         "margin": comparison.margin,
+        "search": {**comparison.identity, "tuned": tuned} if tuned else None,
         "diverged": diverged,
         "comparisons": [{**head, **asdict(paired)} for (head, _), paired in zip(rows, verdicts, strict=True)],
         **environment(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -82,6 +83,27 @@ def optimizer_info(name: str) -> OptimizerInfo:
     if name not in OPTIMIZERS:
         raise ValueError(f"there is no optimizer {name!r}; the names are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
+
+
+def add_optimizer(reference: str) -> OptimizerInfo:
+    """Add an optimizer of another package to the table of names, under the text that names it.
+
+    Args:
+        reference: `module:Class`, as in "schedulefree:AdamWScheduleFree". The module is imported, so it must be trusted.
+
+    Raises:
+        ValueError: there is no such module or class, or the class is no optimizer.
+    """
+    module, _, name = reference.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"there is no optimizer {reference!r}: {error}; write it as MODULE:CLASS") from None
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"{reference!r} is no torch.optim.Optimizer")
+    info = OptimizerInfo(reference, cls, name, f"{name} of {module}", module)
+    OPTIMIZERS[reference] = info
+    return info
 
 
 def create_optimizer(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from agr_hf.tasks.digits import digits_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,6 +26,7 @@ ALIASES = {
     "swin-s": "swin_small_patch4_window7_224",
     "convnext-t": "convnext_tiny",
     "mlp": "agr_hf_mlp",
+    "resnet-micro": "agr_hf_resnet_micro",
 }
 
 
@@ -38,8 +41,9 @@ def register_small_image_models() -> None:
     for name in SMALL_STEMS:
         if not timm.is_model(f"{name}_small_images"):
             register_model(_small_image_entry(name))
-    if not timm.is_model("agr_hf_mlp"):
-        register_model(agr_hf_mlp)
+    for entry in (agr_hf_mlp, agr_hf_resnet_micro):
+        if not timm.is_model(entry.__name__):
+            register_model(entry)
 
 
 def _small_image_entry(name: str) -> Any:
@@ -110,6 +114,16 @@ def agr_hf_mlp(pretrained: bool = False, **kwargs: Any) -> MLP:
     return MLP(**{key: value for key, value in kwargs.items() if key in known})
 
 
+def agr_hf_resnet_micro(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A ResNet of 4 basic blocks, widths 16 to 128, for images of 32x32: 310,000 parameters, to train many on a CPU."""
+    import timm
+
+    _refuse_pretrained(pretrained, "agr_hf_resnet_micro")
+    model: Any = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), **kwargs)
+    model.conv1, model.maxpool = _stem(kwargs.get("in_chans", 3), model.conv1.out_channels), nn.Identity()
+    return model
+
+
 def architecture(name: str, size: int, channels: int) -> tuple[str, dict[str, Any]]:
     """timm's name and arguments of a network for images of this size.
 
@@ -126,8 +140,8 @@ def architecture(name: str, size: int, channels: int) -> tuple[str, dict[str, An
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
         raise ValueError(
-            f"there is no architecture {name!r}; names are {', '.join([*SMALL_STEMS, *ALIASES])} and all of timm's "
-            "(timm.list_models())"
+            f"there is no architecture {name!r}; names are {', '.join([*SMALL_STEMS, *ALIASES, 'vit-micro'])} and all of "
+            "timm's (timm.list_models())"
         )
     arguments: dict[str, Any] = {} if channels == 3 else {"in_chans": channels}
     if name == "agr_hf_mlp":
@@ -157,6 +171,8 @@ def classifier(
 ) -> PreTrainedModel:
     """A transformers model around a timm network, from timm's own initialisation under the current seed.
 
+    `vit-micro` is the demo's network, transformers' ViT: timm's weights of small patches drown the positions.
+
     `save_pretrained` and `from_pretrained` work as for any model of transformers. Its wrapper would draw all weights from
     N(0, 0.02), which is no initialisation of these networks: timm's own are copied in.
 
@@ -171,6 +187,10 @@ def classifier(
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+    if name == "vit-micro":
+        patch, ids = (2 if size < 16 else 4), dict(enumerate(labels))
+        return digits_model(image_size=size, patch_size=patch, num_channels=channels, num_labels=len(labels), id2label=ids,
+                            label2id={label: i for i, label in ids.items()})  # fmt: skip
     timm_name, arguments = architecture(name, size, channels)
     make_config: Any = TimmWrapperConfig  # its fields are wider than its signature
     config = make_config(

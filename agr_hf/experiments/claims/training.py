@@ -1,0 +1,258 @@
+"""Claims about training, each a comparison over paired seeds (`agr-hf compare`), and what the runs' curves add to it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from agr_hf.experiments.claims.claim import Claim, Finding, Setting
+from agr_hf.experiments.compare import Cell, compare, plan_comparison, read_metrics
+from agr_hf.experiments.paired import Paired, compare_paired, give_verdicts
+from agr_hf.tasks.runs import lower_is_better
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a claim says of two optimizers: the first is better in a metric of the run, or of its epochs (`CURVES`)."""
+
+    optimizer: str
+    baseline: str
+    metric: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+def train_mean(epochs: Sequence[Mapping[str, Any]]) -> float:
+    """Mean of the training loss over all epochs: smaller where training is faster."""
+    return statistics.fmean(epoch["train_loss"] for epoch in epochs)
+
+
+def roughness(epochs: Sequence[Mapping[str, Any]]) -> float:
+    """Deviation of the change of the test accuracy from one epoch to the next, in the later half."""
+    later = [epoch["accuracy"] for epoch in epochs[len(epochs) // 2 :]]
+    return statistics.stdev(b - a for a, b in pairwise(later))
+
+
+CURVES = {"train_loss_mean": train_mean, "roughness_error": roughness}
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Run the comparison, or go on with it, and keep the values of the pairs that the claim is about."""
+    options, expected = setting.options, setting.options["expected"]
+    names = list(dict.fromkeys(name for of in expected for name in (of.baseline, of.optimizer)))
+    comparison = plan_comparison(
+        options["task"], names, setting.seeds, options.get("set", ()), options.get("margin", 0.2), names[0],
+        [*options["arguments"], *setting.arguments], options.get("search", ()), options.get("trials"),
+    )  # fmt: skip
+    output = setting.output / options["folder"]
+    found = compare(comparison, output, workers=setting.workers, say=setting.say)
+    rows = []
+    for of in expected:
+        cells = [Cell(name, tuple(of.settings.items())) for name in (of.optimizer, of.baseline)]
+        pairs = {seed: [_value(output, cell, seed, of.metric) for cell in cells] for seed in range(setting.seeds)}
+        seeds = [seed for seed, pair in pairs.items() if None not in pair]
+        scale = 100.0 if "accuracy" in of.metric else 1.0
+        rows.append({
+            "optimizer": of.optimizer, "baseline": of.baseline, "metric": of.metric, "settings": dict(of.settings),
+            "seeds": seeds, "values": [scale * (pairs[seed][0] or 0.0) for seed in seeds],
+            "baseline_values": [scale * (pairs[seed][1] or 0.0) for seed in seeds], "diverged": setting.seeds - len(seeds),
+        })  # fmt: skip
+    return {"task": options["task"], "arguments": options["arguments"], "margin": comparison.margin,
+            "search": found["search"], "rows": rows}  # fmt: skip
+
+
+def _value(output: Path, cell: Cell, seed: int, metric: str) -> float | None:
+    folder = output / "runs" / cell.name / f"seed-{seed}"
+    if metric in CURVES:
+        return CURVES[metric](json.loads((folder / "results.json").read_text())["epochs"])
+    return (read_metrics(folder) or {}).get(metric)
+
+
+def paired(found: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Paired]]:
+    """The rows of a measurement with their verdicts, from the values alone."""
+    rows = []
+    for row in found["rows"]:
+        percent = "accuracy" in row["metric"]
+        margin = found["margin"] if percent else found["margin"] / 100 * abs(statistics.fmean(row["baseline_values"]))
+        lower = lower_is_better(row["metric"])
+        rows.append(compare_paired(row["values"], row["baseline_values"], margin or 1e-12, lower_is_better=lower))
+    return list(zip(found["rows"], give_verdicts(rows), strict=True))
+
+
+def judge(found: Mapping[str, Any], *, equal: bool = False) -> Finding:
+    """The claim is that every row is better; with `equal`, that every row is the same within the margin."""
+    rows = paired(found)
+    verdicts = [row.verdict for _, row in rows]
+    good = [("equivalent" in v or "within the margin" in v) if equal else v == "better" for v in verdicts]
+    bad = [
+        v in ("better", "worse") if equal else v.startswith(("worse", "equivalent", "better, but")) for v in verdicts
+    ]
+    if all(good):
+        verdict = "confirmed"
+    elif all(bad):
+        verdict = "contradicted"
+    elif any(good) or any(v == "worse" for v in verdicts):
+        verdict = "in part" if any(good) else "contradicted"
+    else:
+        verdict = "cannot tell"
+    return Finding(verdict, "; ".join(sentence(row, of) for row, of in rows), n=min(of.n for _, of in rows))
+
+
+WORDS = {
+    "accuracy": "test accuracy, points", "loss": "test loss", "train_loss_mean": "mean training loss",
+    "roughness_error": "deviation of the accuracy's changes", "frechet_distance_pixels": "Fréchet distance of pixels",
+    "sop_accuracy": "sentence-order accuracy, points", "perplexity": "perplexity",
+}  # fmt: skip
+
+
+def sentence(row: Mapping[str, Any], of: Paired) -> str:
+    settings = "".join(f" at {key}={value}" for key, value in row["settings"].items())
+    digits = 2 if "accuracy" in row["metric"] else 4
+    return (
+        f"{row['optimizer']} less {row['baseline']}{settings}, {WORDS.get(row['metric'], row['metric'])}: better by "
+        f"{of.difference:+.{digits}f} ({of.low:+.{digits}f} to {of.high:+.{digits}f}): {of.verdict}"
+    )
+
+
+AGR, RULE = "agr_adamw", "agr_adamw,second_moment=regularized,min_ndim=0"
+# 20 epochs of 17 steps; suspended after 5/6 of them, as 250 of 300 epochs are in the paper.
+SUSPENDED = "agr_adamw,agr_steps=283"
+QUIET = "--disable_tqdm True --dataloader_pin_memory False --save_strategy no --gradient_statistics_every 0".split()
+VIT = "--model_name vit-micro --num_train_epochs 20 --per_device_eval_batch_size 360".split()
+DIGITS = [
+    *VIT,
+    *"--learning_rate 2e-3 --weight_decay 0.01 --lr_scheduler_type cosine --warmup_steps 17".split(),
+    *QUIET,
+]
+ADAL = [*VIT, *"--weight_decay 5e-4 --lr_milestones 7 14 --max_grad_norm 0".split(), *QUIET]
+CIFAR = [
+    *"--dataset_name cifar10 --model_name resnet-micro --max_train_samples 4000 --num_train_epochs 8".split(),
+    *"--learning_rate 2e-3 --weight_decay 5e-4 --lr_scheduler_type cosine --augmentation flip-crop".split(), *QUIET,
+]  # fmt: skip
+ALBERT = "--num_train_epochs 2 --max_seq_length 64 --per_device_train_batch_size 32 --disable_tqdm True".split()
+DDPM = "--recipe digits --gradient_statistics_every 0 --save_images_epochs 1000 --checkpointing_steps 100000".split()
+DECAYS = ("0", "2e-4", "5e-4", "1e-3", "1e-2")
+PAPER = "--eval_strategy epoch --save_strategy epoch".split()
+
+
+def setting(
+    seeds: int, task: str, folder: str, arguments: Sequence[str], expected: Sequence[Expected], **options: Any
+) -> Setting:
+    return Setting(
+        seeds, {"task": task, "folder": folder, "arguments": list(arguments), "expected": expected, **options}
+    )
+
+
+def versus(optimizer: str, baselines: Sequence[str], metric: str, **settings: str) -> list[Expected]:
+    return [Expected(optimizer, baseline, metric, settings) for baseline in baselines]
+
+
+ADAL_RIVALS = ("sgd", "adam", "amsgrad", "nosadam")
+DDPM_RIVALS = ("adan", "adamw", "adam", "rmsprop", "acprop")
+MODELS = ("swin-t", "swin-s", "convnext-t", "tinyvit-11m")
+RATES = {"search": ["learning_rate=0.01,0.001,0.0001"], "trials": 3}
+FIVE_DECAYS = {"set": [f"weight_decay={','.join(DECAYS)}"]}
+DECAY_ROWS = [Expected(AGR, "adamw", m, {"weight_decay": d}) for m in ("sop_accuracy", "perplexity") for d in DECAYS]
+BETTER = versus(AGR, ["adamw"], "accuracy")
+
+
+def _claim(
+    name: str, paper: str, where: str, says: str, sizes: Mapping[str, Setting], *, equal: bool = False, better: str = ""
+) -> Claim:
+    confirmed = "equivalent within the margin" if equal else better or "better than each in the whole table (Holm, 5%)"
+    contradicted = "a difference beyond the margin" if equal else "worse, or equivalent within the margin"
+    return Claim(name, paper, where, says, confirmed, contradicted, measure, partial(judge, equal=equal), sizes)
+
+
+def _adal(metric: str) -> dict[str, Setting]:
+    rows = versus("adal", ADAL_RIVALS, metric)
+    return {
+        "small": setting(32, "images", "adal", ADAL, rows, **RATES),
+        "published": setting(4, "images", "adal-published", ["--recipe", "adal-cifar10", *PAPER], rows, **RATES),
+    }
+
+
+CLAIMS = [
+    _claim(
+        "agr-digits", "AGR", "section 5.3", "AdamW(AGR) trains classifiers better than AdamW (here a ViT on digits)",
+        {"small": setting(150, "images", "digits", DIGITS, BETTER)},
+    ),
+    _claim(
+        "agr-cifar", "AGR", "section 5.3, figures 2 and 3", "AdamW(AGR) trains CNNs on CIFAR better than AdamW",
+        {
+            "small": setting(16, "images", "cifar", CIFAR, BETTER),
+            "published": setting(4, "images", "cifar-published", ["--recipe", "agr-cifar100", *PAPER], BETTER),
+        },
+    ),
+    _claim(
+        "agr-tiny-imagenet", "AGR", "tables 4 to 6", "AdamW(AGR) trains Swin, ConvNeXt and TinyViT better than AdamW",
+        {
+            "published": setting(
+                4, "images", "tiny-imagenet-published", ["--recipe", "agr-tiny-imagenet", *PAPER],
+                [Expected(AGR, "adamw", "accuracy", {"model_name": model}) for model in MODELS],
+                set=[f"model_name={','.join(MODELS)}"],
+            ),
+        },
+    ),
+    _claim(
+        "agr-faster-smoother", "AGR", "sections 4 and 5", "training is faster and smoother with AGR",
+        {"small": setting(150, "images", "digits", DIGITS, [
+            *versus(AGR, ["adamw"], "train_loss_mean"), *versus(AGR, ["adamw"], "roughness_error")])},
+        better="a smaller mean training loss and a steadier test accuracy",
+    ),
+    _claim(
+        "agr-suspended", "AGR", "table 7", "suspending AGR late is better than not",
+        {
+            "small": setting(64, "images", "digits", DIGITS, versus(SUSPENDED, [AGR], "accuracy")),
+            "published": setting(
+                4, "images", "suspended-published",
+                ["--recipe", "agr-tiny-imagenet", "--model_name", "tinyvit-11m", *PAPER],
+                versus("agr_adamw,agr_steps=97750", [AGR], "accuracy"),
+            ),
+        },
+    ),
+    _claim(
+        "agr-ddpm", "AGR", "table 2 and figure 4", "Adan(AGR) trains a DDPM better than five other optimizers",
+        {
+            "small": setting(8, "ddpm", "ddpm", DDPM, versus("agr_adan", DDPM_RIVALS, "frechet_distance_pixels")),
+            "published": setting(
+                4, "ddpm", "ddpm-published", ["--recipe", "agr-ddpm", "--fid"], versus("agr_adan", DDPM_RIVALS, "fid")
+            ),
+        },
+    ),
+    _claim(
+        "agr-albert", "AGR", "table 3", "AdamW(AGR) trains ALBERT better than AdamW at each of five weight decays",
+        {
+            "small": setting(8, "albert", "albert", ALBERT, DECAY_ROWS, **FIVE_DECAYS),
+            "published": setting(
+                4, "albert", "albert-published", ["--recipe", "agr-albert", "--dataset_name", "Salesforce/wikitext"],
+                DECAY_ROWS, **FIVE_DECAYS,
+            ),
+        },
+    ),
+    _claim(
+        "adal-accuracy", "AdaL", "section 3.2, figures 5 to 8",
+        "AdaL reaches a better test accuracy than SGD, Adam, AMSGrad and NosAdam", _adal("accuracy"),
+    ),
+    _claim(
+        "adal-loss", "AdaL", "section 3.2, figures 5 to 8",
+        "AdaL reaches a lower test loss than SGD, Adam, AMSGrad and NosAdam", _adal("loss"),
+    ),
+    _claim(
+        "rule", "agr_hf", "algorithm 2 against the authors' code",
+        "the paper's rule and the authors' code (Ψ in both moments, on every tensor) train alike",
+        {"small": setting(64, "images", "digits", DIGITS, versus(RULE, [AGR], "accuracy"))}, equal=True,
+    ),
+    _claim(
+        "scope", "agr_hf", "agr_hf/experiments/scope.py",
+        "Ψ over an output channel, or over blocks of 64 or 512 elements, trains better than over the whole tensor",
+        {"small": setting(64, "images", "digits", DIGITS, [
+            Expected(f"agr_hf.experiments.scope:ScopedAGRAdamW,scope={scope}", AGR, "accuracy")
+            for scope in ("channel", "64", "512")])},
+    ),
+]  # fmt: skip

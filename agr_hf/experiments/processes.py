@@ -1,0 +1,82 @@
+"""Scripts in processes that begin with torch and transformers loaded: a run of seconds does not wait ten for imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+# Loaded once, in the server that the processes are forked from. Nothing there may start a thread or touch a device.
+PRELOADED = """
+    transformers.trainer accelerate timm datasets diffusers sklearn.datasets sklearn.model_selection agr_hf.hub.push
+    agr_hf.integrations.trainer agr_hf.integrations.run agr_hf.tasks.images agr_hf.tasks.classifiers
+""".split()
+
+
+@dataclass(frozen=True)
+class ScriptRun:
+    """A script, and where what it leaves is found.
+
+    Attributes:
+        script: its file.
+        arguments: of the script.
+        optimizer: its name, or the `module:Class` of another package, which the process makes known as `--optim`.
+        folder: of the run; its results.json says that it is done. The lock and the log stand beside it.
+        threads: of torch.
+    """
+
+    script: Path
+    arguments: tuple[str, ...]
+    optimizer: str
+    folder: Path
+    threads: int
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def start(self) -> BaseProcess:
+        """Start it in a process of its own; it returns at once where the run is done already."""
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            multiprocessing.set_forkserver_preload(PRELOADED)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        process: BaseProcess = context.Process(target=_execute, args=(self,), name=self.folder.name)
+        process.start()
+        return process
+
+    def last_line(self) -> str:
+        """Of what the script wrote: why it failed, as a rule."""
+        try:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1][:200] if lines else ""
+
+
+def _execute(run: ScriptRun) -> None:
+    # The process holds the lock itself: whoever started it may be killed, and the run is still in hand until it ends.
+    with FileLock(run.folder.with_name(f"{run.folder.name}.lock")):
+        if (run.folder / "results.json").exists():
+            return
+        file = os.open(run.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file, stream.fileno())
+        os.close(file)
+        os.environ["OMP_NUM_THREADS"] = str(run.threads)  # of the processes that the script starts
+        import torch
+
+        from agr_hf.integrations.run import run as run_script
+        from agr_hf.optim.registry import add_optimizer
+
+        torch.set_num_threads(run.threads)
+        if ":" in run.optimizer:
+            add_optimizer(run.optimizer)
+        run_script(str(run.script), run.arguments)
