@@ -143,7 +143,7 @@ def test_recipes_are_defaults_that_the_command_line_wins_over(script, tmp_path):
     assert (model.hidden_size, model.num_hidden_layers, model.embedding_size) == (64, 6, 24)
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (1e-4, 25, 16)
     assert args.weight_decay in (0, 2e-4, 5e-4, 1e-3, 1e-2)
-    explicit = "--weight_decay 0.01 --num_hidden_layers 2 --optim adamw --num_train_epochs 1".split()  # noqa: SIM905
+    explicit = "--weight_decay 0.01 --num_hidden_layers 2 --optim adamw --num_train_epochs 1".split()
     model, data, _, args = script.parse_args([*base, "--recipe", "agr-albert", *explicit])
     assert (model.hidden_size, model.num_hidden_layers, args.weight_decay) == (768, 2, 0.01)
     assert (args.optim.value, args.num_train_epochs, args.learning_rate) == ("adamw", 1, 1e-4)
