@@ -12,12 +12,10 @@ from typing import Any
 
 from filelock import FileLock
 
-# Loaded once, in the server that the processes are forked from: these for every script, and of the others those whose
-# package the script names. None of them may start a thread or touch a device.
-ALWAYS = ["torch", "agr_hf.integrations.run", "agr_hf.optim.registry"]
-WHERE_NAMED = """
+# Loaded once, in the server that the processes are forked from. Nothing there may start a thread or touch a device.
+PRELOADED = """
     transformers.trainer accelerate timm datasets diffusers sklearn.datasets sklearn.model_selection agr_hf.hub.push
-    agr_hf.integrations.trainer agr_hf.tasks.images agr_hf.tasks.classifiers
+    agr_hf.integrations.trainer agr_hf.integrations.run agr_hf.tasks.images agr_hf.tasks.classifiers
 """.split()
 
 
@@ -48,9 +46,7 @@ class ScriptRun:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            text = self.script.read_text(encoding="utf-8", errors="replace")
-            named = [module for module in WHERE_NAMED if module.partition(".")[0] in text]
-            multiprocessing.set_forkserver_preload([*ALWAYS, *named])
+            multiprocessing.set_forkserver_preload(PRELOADED)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         process: BaseProcess = context.Process(target=_execute, args=(self,), name=self.folder.name)
         process.start()
