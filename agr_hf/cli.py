@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--trials", type=count, help="of the search, for each optimizer")
     versus.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
     versus.add_argument(
-        "--storage", metavar="URL", help="database for workers on several machines, such as postgresql://user@host/name "
+        "--storage", metavar="URL", help="database for workers on several machines, such as postgresql+psycopg2://user@host/name "
         "(trials.db under --output)",
     )  # fmt: skip
     versus.set_defaults(run=run_compare)

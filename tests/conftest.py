@@ -11,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more thread
 
 import multiprocessing
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,34 @@ multiprocessing.set_forkserver_preload(
 # No deadline: machines that run tests are shared.
 settings.register_profile("agr_hf", deadline=None)
 settings.load_profile("agr_hf")
+
+
+POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """The URL of a PostgreSQL server of its own, on a socket."""
+    if POSTGRES is None:
+        pytest.skip("PostgreSQL is not installed; Debian's package postgresql has it")
+    pytest.importorskip("psycopg2", reason="the driver psycopg2 is not installed")
+    folder = tmp_path_factory.mktemp("postgres")
+    owner = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(folder, "postgres")
+        for parent in (folder.parent, folder.parent.parent):
+            parent.chmod(0o755)
+        owner = ["runuser", "-u", "postgres", "--"]
+    data = folder / "data"
+    tools = POSTGRES.parent
+    subprocess.run(
+        [*owner, tools / "initdb", "-D", data, "-U", "tester", "-A", "trust"], check=True, capture_output=True
+    )
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder}"
+    start = [*owner, tools / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start"]
+    subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
+    yield f"postgresql+psycopg2://tester@/postgres?host={folder}"
+    subprocess.run([*owner, tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], check=True, capture_output=True)
 
 
 @pytest.fixture(autouse=True)

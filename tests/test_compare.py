@@ -106,6 +106,27 @@ def test_two_commands_share_the_runs_and_take_none_twice(script, tmp_path):
     assert len(trace(script)) == len(set(trace(script))) == 16
 
 
+@pytest.mark.postgres
+def test_two_machines_share_the_runs_through_a_database(script, tmp_path, postgres):
+    def command(name):
+        return [
+            sys.executable, "-m", "agr_hf", "compare", str(script), "--optim", "adamw", "helps", "--seeds", "8",
+            "--output", str(tmp_path / name), "--storage", postgres, "--", "--trace", str(tmp_path / "trace"),
+        ]  # fmt: skip
+
+    processes = [subprocess.Popen(command(name), stdout=subprocess.PIPE, text=True) for name in ("one", "other")]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    # Each has the files of its own runs, and both have the numbers of all.
+    done = [len(list((tmp_path / name).glob("runs/*/*/results.json"))) for name in ("one", "other")]
+    assert sum(done) == 16
+    assert min(done) > 0
+    tables = [json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("one", "other")]
+    assert tables[0]["comparisons"] == tables[1]["comparisons"]
+    assert tables[0]["comparisons"][0]["n"] == 8
+    assert len(trace(script)) == len(set(trace(script))) == 16
+
+
 def test_a_search_tunes_each_optimizer_with_seeds_of_its_own(script, tmp_path):
     own = ["--trace", str(script.with_name("trace"))]
     comparison = plan_comparison(str(script), ["adamw", "helps"], 2, [], 0.2, None, own, ["scale=0.1..1000"], 5)

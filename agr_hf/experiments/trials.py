@@ -8,6 +8,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -28,7 +29,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def open_storage(url: str) -> RDBStorage:
-    """A database of trials, by SQLAlchemy's URL, such as `sqlite:///trials.db` or `postgresql://user@host/name`.
+    """A database of trials, by SQLAlchemy's URL, such as `sqlite:///trials.db` or `postgresql+psycopg2://user@host/name`.
 
     Raises:
         ValueError: it cannot be opened; the message has no password.
@@ -268,9 +269,11 @@ class Taken:
 
     def finish(self, metrics: Mapping[str, Any], value: float | None) -> None:
         """Keep what came out; a value of None, of a run that diverged, is the worst there is."""
-        self.trial.set_user_attr("metrics", dict(metrics))
         worst = -math.inf if self.trials._maximize else math.inf
-        self._tell(values=worst if value is None else value)
+        # A worker that was silent for long, asleep with its machine, comes back to a trial that others have taken over.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.trial.set_user_attr("metrics", dict(metrics))
+            self._tell(values=worst if value is None else value)
 
     def fail(self) -> None:
         """It has no result, and is not taken again before it is queued again."""
@@ -283,5 +286,4 @@ class Taken:
         self.trials.put_back(self.trial.params, self.trial.user_attrs)
 
     def _tell(self, **outcome: Any) -> None:
-        # A worker that was silent for long, asleep with its machine, may come back to a trial that others took over.
         self.trials._study.tell(self.trial.number, skip_if_finished=True, **outcome)
