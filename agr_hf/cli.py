@@ -110,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--trials", type=count, help="of the search, for each optimizer")
     versus.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
     versus.add_argument(
-        "--storage", metavar="URL", help="database for workers on several machines, such as postgresql+psycopg2://user@host/name "
-        "(trials.db under --output)",
+        "--storage", metavar="URL", help="database for workers on several machines, such as "
+        "postgresql+psycopg2://user@host/name (trials.db under --output)",
     )  # fmt: skip
     versus.set_defaults(run=run_compare)
     told = commands.add_parser("report", help="comparisons as one HTML page and as Markdown")

@@ -32,28 +32,27 @@ POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), 
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """The URL of a PostgreSQL server of its own, on a socket."""
     if POSTGRES is None:
         pytest.skip("PostgreSQL is not installed; Debian's package postgresql has it")
     pytest.importorskip("psycopg2", reason="the driver psycopg2 is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
+    # Not below pytest's own folders, which are root's alone: the server refuses to run as root. Sockets need short paths.
+    folder = Path(tempfile.mkdtemp(prefix="agr-hf-postgres-"))
     owner = []
-    if os.geteuid() == 0:  # the server refuses to run as root
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o755)
         owner = ["runuser", "-u", "postgres", "--"]
-    data = folder / "data"
-    tools = POSTGRES.parent
-    subprocess.run(
-        [*owner, tools / "initdb", "-D", data, "-U", "tester", "-A", "trust"], check=True, capture_output=True
-    )
+    control = [*owner, POSTGRES.parent / "pg_ctl", "-D", folder / "data", "-w"]
+    made = [*owner, POSTGRES, "-D", folder / "data", "-U", "tester", "-A", "trust"]
+    subprocess.run(made, check=True, capture_output=True, cwd="/")
     options = f"-c listen_addresses='' -c unix_socket_directories={folder}"
-    start = [*owner, tools / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start"]
-    subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*control, "-l", folder / "log", "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd="/"
+    )
     yield f"postgresql+psycopg2://tester@/postgres?host={folder}"
-    subprocess.run([*owner, tools / "pg_ctl", "-D", data, "-m", "immediate", "stop"], check=True, capture_output=True)
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
