@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -271,25 +272,40 @@ class _Pool:
     def work(self, trials: Trials, folder: Path, cell: Cell | None = None) -> None:
         """Take trials until none is left, here or in the hands of others; those of a search are all of one cell."""
         running: dict[BaseProcess, tuple[Taken, ScriptRun, float]] = {}
+        in_hand: set[Taken] = set()
+        over = threading.Event()
+
+        def beat() -> None:
+            # Apart, for the start of a process may take long: it loads what the scripts need.
+            while not over.wait(BEAT):
+                for taken in tuple(in_hand):
+                    taken.beat()
+
+        beats = threading.Thread(target=beat, daemon=True)
+        beats.start()
         try:
             while True:
                 while len(running) < self._workers and (taken := trials.take()):
+                    in_hand.add(taken)
                     process, run = self._start(taken, folder, cell)
                     running[process] = (taken, run, time.monotonic())
                 if not running and not trials.in_hand():
                     return
-                if not wait([process.sentinel for process in running], timeout=BEAT) and not running:
+                if not running:
                     time.sleep(1)  # others have the last runs in hand
+                wait([process.sentinel for process in running], timeout=BEAT)
                 for process, (taken, run, start) in list(running.items()):
-                    if process.is_alive():
-                        taken.beat()
-                    else:
+                    if not process.is_alive():
                         del running[process]
                         self._end(process, taken, run, time.monotonic() - start, trials)
+                        in_hand.remove(taken)
         finally:
-            for process, (taken, _, _) in running.items():  # Ctrl-C: the scripts end with their workers
+            over.set()
+            beats.join()
+            for process in running:  # Ctrl-C: the scripts end with their workers
                 process.terminate()
                 process.join()
+            for taken in in_hand:
                 taken.give_back()
 
     def _end(self, process: BaseProcess, taken: Taken, run: ScriptRun, seconds: float, trials: Trials) -> None:

@@ -248,7 +248,7 @@ class Trials:
         return self._study.get_trials(deepcopy=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Taken:
     """A trial in hand.
 
