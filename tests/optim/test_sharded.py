@@ -335,6 +335,57 @@ def check_gradients_that_not_every_rank_has():
     torch.testing.assert_close(params[rank].grad.to_local(), mine - mine.abs() / mine.abs().sum() * mine)
 
 
+def check_ranks_count_steps_alike():
+    """A rank without a gradient of a group counts the step where another rank has one, as one process with the whole does,
+    so that all of them suspend AGR at the same step; where no rank has one, none does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, rank = init_device_mesh("cpu", (WORLD,)), dist.get_rank()
+    torch.manual_seed(0)
+    starts, grads = ([torch.randn(6, 4, dtype=torch.float64) for _ in range(3)] for _ in range(2))
+    # Of each step, the ranks that have a gradient of the first group (two tensors), and of the second.
+    owners = [((0,), (0, 1)), ((0, 1), ()), ((1,), (0,)), ((0,), ()), ((0, 1), (1,)), ((0, 1), (0, 1))]
+    for name in WITH_AGR:
+        for way in ("own", "clipped", "attached"):
+            params = [torch.nn.Parameter(start.clone()) for start in starts]
+            shards = [torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)])) for start in starts]
+            optimizers = []
+            for some in (params, shards):
+                groups = [{"params": some[:2]}, {"params": some[2:]}]
+                if way == "attached":
+                    optimizers.append(torch.optim.SGD(groups, lr=0.1))
+                    attach_agr(optimizers[-1], steps=3)
+                else:
+                    clip = 0.5 if way == "clipped" else None
+                    optimizers.append(OPTIMIZERS[name].cls(groups, lr=1e-2, agr_steps=3, max_grad_norm=clip))
+            for first, second in owners:
+                for p, q, grad, ranks in zip(params, shards, grads, (first, first, second), strict=True):
+                    halves = enumerate(grad.chunk(WORLD))
+                    whole = torch.cat([half if r in ranks else torch.zeros_like(half) for r, half in halves])
+                    p.grad = whole if ranks else None
+                    laid_out = distribute_tensor(grad.clone(), mesh, [Shard(0)])  # which all ranks call
+                    q.grad = laid_out if rank in ranks else None
+                for optimizer in optimizers:
+                    optimizer.step()
+                counts = [[group["agr_step"] for group in optimizer.param_groups] for optimizer in optimizers]
+                assert counts[0] == counts[1]
+            assert counts[0] == [6, 4]
+    # While AGR is suspended there is no collective, and a group that trains is counted.
+    param = torch.nn.Parameter(distribute_tensor(starts[0].clone(), mesh, [Shard(0)]))
+    frozen = torch.nn.Parameter(distribute_tensor(starts[0].clone(), mesh, [Shard(0)]), requires_grad=False)
+    optimizer = OPTIMIZERS["agr_adamw"].cls([{"params": [param]}, {"params": [frozen]}], agr_steps=3)
+    for group in optimizer.param_groups:
+        group["agr_suspended"] = True
+    laid_out = distribute_tensor(grads[0].clone(), mesh, [Shard(0)])
+    param.grad = laid_out if rank == 0 else None
+    with pytest.MonkeyPatch.context() as monkey:
+        calls = counted_all_reduces(monkey)
+        optimizer.step()
+        assert not calls
+    assert [group["agr_step"] for group in optimizer.param_groups] == [1, 0]
+
+
 def test_two_dimensions_of_a_mesh(tmp_path):
     spawn(check_two_dimensions, tmp_path, world=4)
 
@@ -345,6 +396,7 @@ def test_two_dimensions_of_a_mesh(tmp_path):
         check_distributed_checkpoint,
         check_gradients_that_not_every_rank_has,
         check_meshes_of_other_ranks,
+        check_ranks_count_steps_alike,
         check_states_laid_otherwise,
         check_norms_and_psi,
         check_steps,
