@@ -1,36 +1,20 @@
 """Two processes on the CPU (gloo): a sharded tensor gets the answer of the whole one."""
 
-import os
 import tempfile
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from oracle import OURS, WITH_AGR, gradients, initial
+from ranks import spawn
 
-from agr_hf import agr, attach_agr, l1_norms
-from agr_hf.integrations.checkpoints import load_optimizer, save_optimizer
+from agr_hf import AGRAdamW, agr, attach_agr, l1_norms
+from agr_hf.integrations.checkpoints import load_optimizer, loads_older_state, save_optimizer
 from agr_hf.optim.registry import OPTIMIZERS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
 WORLD = 2
-
-
-def spawn(check, tmp_path, world=WORLD):
-    arguments = (check, str(tmp_path / "store"), world)
-    torch.multiprocessing.start_processes(run, arguments, nprocs=world, start_method="forkserver")
-
-
-def run(rank, check, store, world):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        check()
-    finally:
-        dist.destroy_process_group()
-    # Not by sys.exit: gloo's threads outlive their group here, and one that lets go of its last tensor while the
-    # interpreter ends aborts the process (pytorch/pytorch#190489).
-    os._exit(0)
 
 
 def placed(tensor, mesh, i):
@@ -297,6 +281,68 @@ def check_distributed_checkpoint():
         assert torch.equal(p, q)
 
 
+def check_states_saved_without_some_options(folder):
+    """Shards saved before an option existed, and those of torch's AdamW, go on as the run itself; others are refused."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def made(cls):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.ReLU(), torch.nn.Linear(33, 3)).double()
+        fully_shard(model)
+        matrices, biases = ([p for p in model.parameters() if (p.ndim > 1) == kind] for kind in (True, False))
+        return model, cls([{"params": matrices}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
+
+    def trained(model, optimizer, steps):
+        x = torch.linspace(-1, 1, 56, dtype=torch.float64).view(8, 7)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def load(model, optimizer, name):
+        found = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(found, storage_reader=dcp.FileSystemReader(f"{folder}/{name}"), planner=dcp.DefaultLoadPlanner())
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+
+    kinds = {
+        "suspended": (AGRAdamW, ["agr_suspended"]), "step": (AGRAdamW, ["agr_suspended", "agr_step"]),
+        "torch": (torch.optim.AdamW, []), "adal": (OPTIMIZERS["adal"].cls, []),
+    }  # fmt: skip
+    for name, (cls, lacking) in kinds.items():
+        model, optimizer = made(cls)
+        trained(model, optimizer, 3)
+        for group in optimizer.param_groups:
+            for key in lacking:
+                del group[key]
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(f"{folder}/{name}"))
+        other, resumed = made(partial(AGRAdamW, agr_steps=5))
+        other.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
+        if name == "adal":
+            with (
+                pytest.raises(ValueError, match="needs exp_avg, exp_avg_sq"),
+                loads_older_state(resumed, f"{folder}/{name}"),
+            ):
+                pass
+            assert not resumed.state
+            continue
+        with loads_older_state(resumed, f"{folder}/{name}"):
+            load(other, resumed, name)
+        assert "agr_suspended" in resumed.state_dict()["param_groups"][0]
+        assert [group["agr_step"] for group in resumed.param_groups] == [3, 3]
+        # What the file says counts, and what it lacks is the optimizer's own.
+        assert resumed.param_groups[0]["agr_steps"] == (None if cls is AGRAdamW else 5)
+        if cls is AGRAdamW:
+            for group in optimizer.param_groups:
+                group.update({"agr_suspended": False, "agr_step": 3})
+            for m, o in ((model, optimizer), (other, resumed)):
+                trained(m, o, 3)
+            for p, q in zip(model.parameters(), other.parameters(), strict=True):
+                assert torch.equal(p.to_local(), q.to_local())
+
+
 def check_gradients_that_not_every_rank_has():
     """What a rank lacks counts as zero: sums of different tensors are never added up, and no rank waits for another."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -384,6 +430,10 @@ def check_ranks_count_steps_alike():
         optimizer.step()
         assert not calls
     assert [group["agr_step"] for group in optimizer.param_groups] == [1, 0]
+
+
+def test_states_saved_without_some_options(tmp_path):
+    spawn(partial(check_states_saved_without_some_options, str(tmp_path)), tmp_path)
 
 
 def test_two_dimensions_of_a_mesh(tmp_path):
