@@ -134,6 +134,9 @@ class NativePart(Part):
             for row, param, look in zip(rows, params, self.grad_looks, strict=True)
         ]
         self.fixed = array("q", [param.numel() for param in params] + flags)
+        # A gradient without elements has the address 0, which means none to native.c. But an empty shard keeps the numbers
+        # of its whole tensor too: a sharded checkpoint takes them from any rank.
+        self.empty = [k for k, param in enumerate(params) if not param.numel()]
         self.groups = {row.group_index: row.group for row in rows}
         slots = {number: slot for slot, number in enumerate(self.groups)}
         self.group_slots = array("q", [slots[row.group_index] for row in rows])
@@ -177,6 +180,8 @@ class NativePart(Part):
             self.held = grads
         of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
         self.addresses = [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))]
+        for k in self.empty:
+            self.addresses[len(params) + k] = int(live[k])
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
