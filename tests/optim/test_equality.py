@@ -4,6 +4,7 @@ DeepSpeed ZeRO has the same in test_zero.py.
 """
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import patch
 
@@ -48,6 +49,7 @@ def train(model, optimizer, part=0, parts=1, steps=range(STEPS)):
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(53, (BATCH, LENGTH), generator=generator).chunk(parts)[part]
         labels = torch.randint(2, (BATCH,), generator=generator).chunk(parts)[part]
+        labels = tokens if hasattr(model, "lm_head") else labels
         optimizer.zero_grad()
         model(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()
@@ -134,6 +136,44 @@ def measure(out):
                     found[f"local, {way}"] = ((train_laid_out(name, way) - alone).norm() / effect).item()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
+
+
+def measure_tp_plan(folder, out):
+    """The same as `measure` for a model of transformers that is laid out by its own plan."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    found = {}
+    alone, without = (
+        train(model := AutoModelForCausalLM.from_pretrained(folder), make_optimizer("agr_adamw", model, agr=agr))
+        for agr in (True, False)
+    )
+    for kind in ("whole", "local"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, distributed_config=DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
+        )
+        with nullcontext() if kind == "whole" else patch("agr_hf.optim.plan.add_over_shards"):
+            ended = train(model, make_optimizer("agr_adamw", model))
+        found[kind] = ((ended - alone).norm() / (alone - without).norm()).item()
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_model_laid_out_by_its_tp_plan_trains_as_one_process(world, tmp_path):
+    distributed = pytest.importorskip("transformers.distributed")
+    if not hasattr(distributed.DistributedConfig, "tp_plan"):
+        pytest.skip("this transformers has no DistributedConfig(tp_plan=...)")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 12, "intermediate_size": 18, "num_attention_heads": 6, "num_key_value_heads": 6}
+    config = LlamaConfig(vocab_size=54, num_hidden_layers=2, max_position_embeddings=LENGTH, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    spawn(partial(measure_tp_plan, tmp_path / "model", tmp_path / "found.json"), tmp_path, world)
+    found = json.loads((tmp_path / "found.json").read_text())
+    print(found)
+    assert found["whole"] < 1e-3
+    assert found["local"] > 0.1
 
 
 # Half a minute each on two cores.

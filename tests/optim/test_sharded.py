@@ -381,6 +381,37 @@ def check_gradients_that_not_every_rank_has():
     torch.testing.assert_close(params[rank].grad.to_local(), mine - mine.abs() / mine.abs().sum() * mine)
 
 
+def check_gradients_laid_otherwise_than_their_parameters():
+    """As tensor parallelism leaves them: whole on each rank, or parts still to be added up, of shards or whole tensors. They
+    are laid anew in memory that no `.grad` holds, and that a step must not read after it was given to others."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    starts, *grads = ([torch.randn(60, 40) for _ in range(4)] for _ in range(4))
+
+    def lay_grad(i, grad):
+        mine, placement = (grad / WORLD, Partial()) if i % 2 else (grad.clone(), Replicate())
+        return DTensor.from_local(mine, mesh, [placement], run_check=False)
+
+    for name in OURS:
+        whole = [torch.nn.Parameter(start.clone()) for start in starts]
+        laid_out = [
+            torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]) if i < 2 else start.clone())
+            for i, start in enumerate(starts)
+        ]
+        optimizers = [OPTIMIZERS[name].cls(params, lr=1e-2) for params in (whole, laid_out)]
+        for some in grads:
+            for i, (p, q, grad) in enumerate(zip(whole, laid_out, some, strict=True)):
+                p.grad, q.grad = grad.clone(), lay_grad(i, grad)
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q in zip(whole, laid_out, strict=True):
+            found = q.detach().full_tensor() if hasattr(q, "full_tensor") else q.detach()
+            torch.testing.assert_close(found, p.detach(), rtol=1e-5, atol=1e-6)
+
+
 def check_ranks_count_steps_alike():
     """A rank without a gradient of a group counts the step where another rank has one, as one process with the whole does,
     so that all of them suspend AGR at the same step; where no rank has one, none does."""
@@ -445,6 +476,7 @@ def test_two_dimensions_of_a_mesh(tmp_path):
     [
         check_distributed_checkpoint,
         check_gradients_that_not_every_rank_has,
+        check_gradients_laid_otherwise_than_their_parameters,
         check_meshes_of_other_ranks,
         check_ranks_count_steps_alike,
         check_states_laid_otherwise,

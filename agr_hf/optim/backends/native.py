@@ -147,7 +147,7 @@ class NativePart(Part):
         self.grad_guard: Any = None  # of the rows that are live
         self.addresses: list[int] = []
         self.params: list[Tensor] = []  # until the step is done, as `held`
-        self.held: list[Tensor] = []
+        self.held: list[Any] = []
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         return torch.float64  # native.c reads and writes doubles
@@ -171,13 +171,14 @@ class NativePart(Part):
         elif not self.grad_guard.check(*there):
             return False
         self.set_live(live)
-        self.params, self.held = params, []
+        self.params = params
         if self.copied:
             grads = [
                 layout.flat(grad) if grad is not None and (layout := self.copied.get(k)) else grad
                 for k, grad in enumerate(grads)
             ]
-            self.held = grads
+        # Not all are in the memory of a `.grad`: a DTensor's that is laid otherwise than its parameter was laid anew.
+        self.held = grads
         of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
         self.addresses = [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))]
         for k in self.empty:
