@@ -24,7 +24,7 @@ from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
 from agr_hf.optim.shards import LiveGroups, Scalar, local
 from agr_hf.optim.state import StatefulOptimizer
-from agr_hf.optim.zero import Partition, PartitionStep, is_partitioned
+from agr_hf.optim.zero import Partition, PartitionStep, check_loaded, is_partitioned
 
 if TYPE_CHECKING:
     from agr_hf.optim.backends.lists import Batch, Item
@@ -236,6 +236,8 @@ class StepOptimizer(StatefulOptimizer):
         for group, layers in pairs:
             for flat in group["params"]:
                 known = self._partitions.get(id(flat))
+                if known is None or not known.knows(self, self.state.get(flat) or {}):
+                    check_loaded(self, flat)
                 if known is None:
                     known = self._partitions[id(flat)] = PartitionStep(self, group, flat, layers)
                     self._init_partitions()

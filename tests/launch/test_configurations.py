@@ -121,6 +121,16 @@ def test_sharded_models_train_to_the_same_end_and_go_on_with_half_the_processes(
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("options", [["--fsdp_activation_checkpointing", "true"], ["--dynamo_backend", "aot_eager"]])
+def test_shards_with_recomputed_activations_and_with_compiled_models_train_to_the_same_end(options, ddp, tmp_path):
+    folder = tmp_path / "run"
+    command = [*ON_GLOO, *CLASSIFIER, *SMALL, *small_batch(2), "--num_train_epochs", "1", "--output_dir", folder]
+    printed = run([*accelerate_launch("fsdp2", *BLOCKS, *options), *command], TORCH_LOGS="+dynamo")
+    assert ("torch._dynamo.convert_frame" in printed) == ("--dynamo_backend" in options)
+    check_same_end(folder, ddp, 2)
+
+
+@pytest.mark.launch
 def test_trainer_shards_by_its_own_arguments_and_goes_on_with_half_the_processes_from_a_full_state(ddp, tmp_path):
     folder = tmp_path / "run"
     settings = {"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "state_dict_type": "FULL_STATE_DICT"}

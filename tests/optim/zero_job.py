@@ -204,7 +204,20 @@ def go_on(folder, name, stage):
     engine, model, optimizer = start(name, int(stage), universal=True)
     assert engine.load_checkpoint(folder, tag="universal")[0] is not None
     counts = [group.get("agr_step", STEPS // 2) for group in optimizer.param_groups]
-    groups = [{key: group.get(key) for key in ("agr", "weight_decay", "lr")} for group in optimizer.param_groups]
+    refused = ""
+    if stage == "3":
+        backward(engine, STEPS // 2)
+        try:
+            engine.step()
+        except RuntimeError as error:
+            refused = str(error)
+        if name != "agr_adamw":
+            return {"refused": refused}
+        engine.destroy()
+        engine, model, optimizer = start(name, 3, universal=True)
+        engine.load_checkpoint(folder, tag="universal")
+        for group, own in zip(engine.optimizer.param_groups, make_groups(model), strict=True):
+            group.update({"agr": own.get("agr", True), "weight_decay": own["weight_decay"]})
     for step in range(STEPS // 2, STEPS):
         backward(engine, step)
         engine.step()
@@ -212,7 +225,7 @@ def go_on(folder, name, stage):
     if name.startswith("agr"):
         other = train_alone(name, agr=False)
     distance = ((weights(model, int(stage)) - whole).norm() / (whole - other).norm()).item()
-    return {"distance": distance, "counts": counts, "groups": groups}
+    return {"distance": distance, "counts": counts, "refused": refused}
 
 
 def low_precision():
