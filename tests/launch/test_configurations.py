@@ -125,8 +125,9 @@ def test_sharded_models_train_to_the_same_end_and_go_on_with_half_the_processes(
 def test_shards_with_recomputed_activations_and_with_compiled_models_train_to_the_same_end(options, ddp, tmp_path):
     folder = tmp_path / "run"
     command = [*ON_GLOO, *CLASSIFIER, *SMALL, *small_batch(2), "--num_train_epochs", "1", "--output_dir", folder]
-    printed = run([*accelerate_launch("fsdp2", *BLOCKS, *options), *command], TORCH_LOGS="+dynamo")
-    assert ("torch._dynamo.convert_frame" in printed) == ("--dynamo_backend" in options)
+    printed = run([*accelerate_launch("fsdp2", *BLOCKS, *options), *command], TORCH_LOGS="dynamo")
+    if "--dynamo_backend" in options:
+        assert "torch/_dynamo/convert_frame.py" in printed  # it was compiled
     check_same_end(folder, ddp, 2)
 
 
