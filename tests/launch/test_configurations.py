@@ -121,7 +121,11 @@ def test_sharded_models_train_to_the_same_end_and_go_on_with_half_the_processes(
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("options", [["--fsdp_activation_checkpointing", "true"], ["--dynamo_backend", "aot_eager"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--fsdp_activation_checkpointing", "true"], ["--dynamo_backend", "aot_eager"]],
+    ids=["activations", "dynamo"],
+)
 def test_shards_with_recomputed_activations_and_with_compiled_models_train_to_the_same_end(options, ddp, tmp_path):
     folder = tmp_path / "run"
     command = [*ON_GLOO, *CLASSIFIER, *SMALL, *small_batch(2), "--num_train_epochs", "1", "--output_dir", folder]
