@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agr_hf.files import write_text
-from agr_hf.integrations.checkpoints import folder_fault, newest_complete, numbered_checkpoints
+from agr_hf.integrations import private
+from agr_hf.integrations.checkpoints import folder_fault, loads_older_state, newest_complete, numbered_checkpoints
 from agr_hf.integrations.clipping import clip_in_step
 
 if TYPE_CHECKING:
@@ -175,7 +177,8 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
         Whether anything was loaded.
 
     Raises:
-        ValueError: the named folder does not exist or is not complete; the message says what is wrong with which file.
+        ValueError: the named folder does not exist or is not complete; the message says what is wrong with which file. Or
+            its sharded state is of another optimizer.
     """
     if resume is None:
         return False
@@ -187,7 +190,10 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
     fault = state_fault(Path(resume))
     if fault:
         raise ValueError(f"cannot resume from {resume}: {fault}; name another one, or 'latest'")
-    accelerator.load_state(resume)
+    with ExitStack() as stack:
+        for i, optimizer in enumerate(private.prepared_optimizers(accelerator)):
+            stack.enter_context(loads_older_state(optimizer, Path(resume) / f"optimizer_{i}"))
+        accelerator.load_state(resume)
     logger.info("resumed from %s", resume)
     return True
 

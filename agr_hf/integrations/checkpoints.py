@@ -8,7 +8,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.flags import unwrapped
+from agr_hf.optim.state import StatefulOptimizer
 from agr_hf.unpickled import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -220,8 +222,7 @@ def _shards_fault(folder: Path) -> str | None:
     if not metadata.exists():
         return ".metadata is missing"
     try:
-        with open(metadata, "rb") as file:
-            records = [record.state for record in _Records(file).load().state["storage_data"].values()]
+        records = [record.state for record in _shards_table(folder)["storage_data"].values()]
         ends = [(str(record["relative_path"]), int(record["offset"]) + int(record["length"])) for record in records]
     except Exception as error:  # an unpickler raises whatever the file makes it raise
         return f".metadata is cut short or damaged ({error})"
@@ -231,6 +232,13 @@ def _shards_fault(folder: Path) -> str | None:
         if (folder / name).stat().st_size < end:
             return f"{name} is cut short"
     return None
+
+
+def _shards_table(folder: Path) -> dict[str, Any]:
+    """What the table of a folder of `torch.distributed.checkpoint` holds, read without calling anything that it names."""
+    with open(folder / ".metadata", "rb") as file:
+        table: dict[str, Any] = _Records(file).load().state
+    return table
 
 
 class _Record:
@@ -364,6 +372,54 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
             "state": {int(i): {key: decode(v, tensors) for key, v in e.items()} for i, e in table["state"].items()},
         }
     )
+
+
+@contextmanager
+def loads_older_state(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """A context in which `torch.distributed.checkpoint` loads sharded optimizer states without some of the groups' options.
+
+    It looks in the files for every option that the groups have, and ends in "Missing key in checkpoint state_dict" where
+    they were saved before one existed (`agr_suspended`), or by `torch.optim.AdamW`. In this context
+    `optimizer.state_dict()` does not name what the files lack, and the optimizer keeps its own values of it. `train` for
+    Trainer and `load_checkpoint` for Accelerate loops use it themselves.
+
+    Args:
+        optimizer: the one that will load them, also in accelerate's wrapper; those of others are left alone.
+        folder: of `torch.distributed.checkpoint`, such as `checkpoint-8/optimizer_0`. Nothing is done where it holds none,
+            or a flattened state: see `complete_flattened_state`.
+
+    Raises:
+        ValueError: the state was saved by another optimizer. Nothing has been changed then.
+    """
+    inner, folder = unwrapped(optimizer), Path(folder)
+    if not isinstance(inner, StatefulOptimizer) or not (folder / ".metadata").exists():
+        yield
+        return
+    names = [str(name) for name in _shards_table(folder)["state_dict_metadata"]]
+    options = {name[name.index("param_groups.") :] for name in names if "param_groups." in name}
+    if "param_groups.0.params" not in options:
+        yield
+        return
+    held = {name.rpartition(".")[2] for name in names if "param_groups." not in name}
+    missing = {"step", *inner.state_keys, *inner.required_state} - held
+    if held and missing:
+        raise ValueError(
+            f"{folder} was saved by another optimizer: {type(inner).__name__} needs {', '.join(sorted(missing))} of each "
+            f"parameter, and it holds {', '.join(sorted(held))}; start {type(inner).__name__} afresh"
+        )
+
+    def leave_out(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [
+            {key: value for key, value in group.items() if f"param_groups.{i}.{key}" in options}
+            for i, group in enumerate(state["param_groups"])
+        ]
+        return {**state, "param_groups": groups}
+
+    handle = inner.register_state_dict_post_hook(leave_out)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def complete_flattened_state(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.utils.data import DataLoader, Dataset
     from transformers import Trainer
 
@@ -148,6 +149,20 @@ def rank_states_saver(trainer: Trainer) -> tuple[str, Callable[[str], None]]:
             f"agr_hf cannot wait for the processes: transformers {version('transformers')} lacks {name}; {route}"
         )
     return name, method
+
+
+def optimizer_loader(trainer: Trainer) -> tuple[str, Callable[[str | None], None]] | None:
+    """Trainer's method that loads the state of the optimizer that it has made; None where this transformers has none."""
+    name = "_load_optimizer_and_scheduler"
+    method = getattr(trainer, name, None)
+    if method is None or list(inspect.signature(method).parameters) != ["checkpoint"]:
+        return None
+    return name, method
+
+
+def prepared_optimizers(accelerator: Accelerator) -> list[torch.optim.Optimizer]:
+    """In the order of the files that `load_state` reads; none where this accelerate does not say."""
+    return list(getattr(accelerator, "_optimizers", []))
 
 
 def has_step_pre_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from agr_hf.integrations import private
-from agr_hf.integrations.checkpoints import resolve_checkpoint, weight_map_of
+from agr_hf.integrations.checkpoints import loads_older_state, resolve_checkpoint, weight_map_of
 from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.random_states import kept_random_states
@@ -132,6 +132,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
       resumed from a checkpoint before it trains otherwise. Here neither is so, and the run never stopped is to be trained
       by this function too.
     - A run with `max_steps` that is finished takes one step more.
+    - A sharded optimizer state that was saved before an option of the groups existed, or by torch's AdamW, is not loaded.
 
     Args:
         trainer: ready to train.
@@ -179,6 +180,15 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
         callbacks: list[TrainerCallback] = [draws]
         if checkpoint is not None:
             callbacks.append(_load_weights_callback(checkpoint))
+            if found := private.optimizer_loader(trainer):
+                name, load = found
+
+                def load_older(folder: str | None) -> None:
+                    optimizer: Any = trainer.optimizer
+                    with loads_older_state(optimizer, Path(checkpoint) / "optimizer_0"):
+                        load(folder)
+
+                stack.enter_context(_replaced(trainer, name, load_older))
             if 0 < args.max_steps <= _state_of(checkpoint)["global_step"]:
                 # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
                 empty: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type]

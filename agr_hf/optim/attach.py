@@ -13,7 +13,7 @@ from agr_hf.optim.flattened import GivenLayers, check_not_flat, check_not_flatte
 from agr_hf.optim.norms import check_dense_real, local_sums
 from agr_hf.optim.options import is_count
 from agr_hf.optim.psi import as_dtensor, shrink
-from agr_hf.optim.shards import add_over_shards, local, reduced
+from agr_hf.optim.shards import LiveGroups, add_over_shards, is_dtensor, local, reduced
 from agr_hf.optim.step import StepOptimizer
 
 # Live handles: Psi of Psi is nobody's rule.
@@ -51,9 +51,14 @@ class AGRHandle:
         # With a closure the gradients of this step do not exist yet: Psi goes behind each of its evaluations.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._regularize(self._advance(optimizer, has_closure=False))
+            live_groups = LiveGroups(
+                optimizer.param_groups, [param.grad for group in optimizer.param_groups for param in group["params"]]
+            )
+            self._regularize(self._find_active(optimizer), live_groups)
+            self._advance(optimizer, live_groups)
             return None
-        params = self._advance(optimizer, has_closure=True)
+        params = self._find_active(optimizer)
+        self._advance(optimizer, None)
 
         def regularized_closure() -> Any:
             loss = closure()
@@ -74,26 +79,32 @@ class AGRHandle:
                 steps = [optimizer.state[p]["step"] for p in group["params"] if "step" in optimizer.state.get(p, {})]
                 group["agr_step"] = int(max(map(float, steps), default=0))
 
-    def _advance(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> list[Tensor]:
-        """Parameters that Psi applies to in this step. The count lives in the group, so that checkpoints keep it; it is of
-        steps in which the group has a gradient, as the package's own optimizers count."""
+    def _find_active(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Parameters that Psi applies to in this step."""
         active: list[Tensor] = []
         if is_deepspeed_here():
             check_not_flattened("attach_agr", self._layers.pair(optimizer.param_groups))
         self._count(optimizer)
-        # A GradScaler lets a fused optimizer see the step that it skips.
-        found_inf = getattr(optimizer, "found_inf", None)
-        skipped = found_inf is not None and bool(found_inf)
         for group in optimizer.param_groups:
-            done = group["agr_step"]
-            if not is_suspended(group) and (self.steps is None or done < self.steps):
+            if not is_suspended(group) and (self.steps is None or group["agr_step"] < self.steps):
                 active += [param for param, flag in zip(group["params"], agr_flags(group), strict=True) if flag]
-            if not skipped and (has_closure or any(param.grad is not None for param in group["params"])):
-                group["agr_step"] = done + 1
         return active
 
+    @staticmethod
+    def _advance(optimizer: torch.optim.Optimizer, live_groups: LiveGroups | None) -> None:
+        """Count this step of the groups that have a gradient, as the package's own optimizers count, or of all where only a
+        closure will tell. The count lives in the group, so that checkpoints keep it."""
+        # A GradScaler lets a fused optimizer see the step that it skips.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        for i, group in enumerate(optimizer.param_groups):
+            is_sharded = any(is_dtensor(param) for param in group["params"])
+            if live_groups is None or live_groups.counts(i, group, is_sharded):
+                group["agr_step"] += 1
+
     @torch.no_grad()
-    def _regularize(self, params: list[Tensor]) -> None:
+    def _regularize(self, params: list[Tensor], live_groups: LiveGroups | None = None) -> None:
         params = [param for param in params if param.ndim >= self.min_ndim]
         here = [(i, reduced(param.grad, param)) for i, param in enumerate(params) if param.grad is not None]
         for _, grad in here:
@@ -102,7 +113,7 @@ class AGRHandle:
         for (i, _), total in zip(here, local_sums([local(grad) for _, grad in here]), strict=True):
             sums[i] = total
         # Of all parameters, for ranks may have different gradients: what this one lacks counts as zero.
-        add_over_shards([(sums, range(len(params)))], params)
+        add_over_shards([(sums, range(len(params)))], params, live_groups)
         for i, grad in here:
             param, norm = params[i], sums[i]
             shrunk = shrink(local(grad), norm, grad.numel())

@@ -25,9 +25,16 @@ class GivenLayers:
 
     def __init__(self, groups: Sequence[dict[str, Any]] = ()) -> None:
         self.pairs = [(group, list(group["params"])) for group in groups]
+        self.keep_options()
 
     def add(self, group: dict[str, Any]) -> None:
         self.pairs.append((group, list(group["params"])))
+        self.keep_options()
+
+    def keep_options(self) -> None:
+        """Keep the options of each group that neither a schedule nor a count changes."""
+        kept = ("weight_decay", "agr", "min_ndim", "betas", "eps")
+        self.options = [{key: group[key] for key in kept if key in group} for group, _ in self.pairs]
 
     def pair(self, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """Each group and its layers. Loading replaces groups, which are known by their order then; DeepSpeed shows an

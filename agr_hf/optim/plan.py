@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from agr_hf.optim.backends import native
 from agr_hf.optim.backends.lists import ListsPart
 from agr_hf.optim.flags import agr_flags, is_suspended
 from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.part import PLAIN_TYPES, Part, Present, Row
-from agr_hf.optim.shards import Scalar, add_over_shards, is_dtensor
+from agr_hf.optim.shards import LiveGroups, Scalar, add_over_shards, is_dtensor
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
@@ -34,6 +36,8 @@ class Plan:
         RuntimeError, ValueError: a gradient or state does not fit its parameter, is sparse, or two parameters share memory;
             nothing has been changed then, and no state has been made.
     """
+
+    live_groups: LiveGroups  # of the present step
 
     def __init__(self, optimizer: StepOptimizer, present: Present, clipping: bool) -> None:
         groups = self.groups = optimizer.param_groups
@@ -66,6 +70,7 @@ class Plan:
         # Whose norms are known after the clipping factor only.
         self.late = [row.index for row in self.rows if row.needs_norm and row.adds_decay]
         self.meshes = self._find_meshes()
+        self.sharded_groups = {self.rows[i].group_index for indices in self.meshes.values() for i in indices}
         self.partition = optimizer.partition
         self.check_meshes(present, clipping)
         new = [
@@ -141,21 +146,19 @@ class Plan:
         """Whether sums over what this rank holds are not yet those of whole tensors. The same on every rank."""
         return bool(self.meshes) or self.partition is not None
 
-    def count_groups(self, present: Present) -> None:
+    @torch._disable_dynamo  # a count is another number in every step, and would be compiled again
+    def count_groups(self) -> None:
         """Count this step of the groups that have a gradient, with AGR or without."""
-        start = 0
-        for group in self.groups:
-            end = start + len(group["params"])
-            if "agr_step" in group and any(grad is not None for grad in present.grads[start:end]):
+        for i, group in enumerate(self.groups):
+            if "agr_step" in group and self.live_groups.counts(i, group, i in self.sharded_groups):
                 group["agr_step"] += 1
-            start = end
 
     def add_over_ranks(self, columns: Sequence[tuple[list[Scalar], Sequence[int]]]) -> None:
         """Make sums over local shards sums over whole tensors; see `add_over_shards` and `Partition`."""
         if self.partition is not None:
             self.partition.add_over_ranks(columns[0][0])
         elif self.meshes:
-            add_over_shards(columns, self.params)
+            add_over_shards(columns, self.params, self.live_groups)
 
 
 def is_active(group: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """DTensors: what this rank holds of them, how they are laid, and their sums over all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,13 +75,51 @@ def as_number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return value.detach().reshape(()).to(device=device, dtype=dtype, copy=True)
 
 
-def add_over_shards(columns: Sequence[tuple[list[Scalar], Sequence[int]]], tensors: Sequence[Tensor]) -> None:
+class LiveGroups:
+    """Which groups have a gradient in this step, on this rank and on those that it shares a mesh with.
+
+    Ranks that share a mesh must count a step alike: otherwise they suspend AGR at different steps, and then some of them
+    wait for sums that the others do not bring.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], grads: Sequence[Tensor | None]) -> None:
+        """Args: the groups, and the gradients of their parameters in this order."""
+        self.here: list[bool] = []
+        start = 0
+        for group in groups:
+            end = start + len(group["params"])
+            self.here.append(any(grad is not None for grad in grads[start:end]))
+            start = end
+        self.numbers: list[Scalar] = [float(is_here) for is_here in self.here]
+        self.totals: list[Sequence[Scalar]] = []  # of each mesh: on how many of its ranks each group has a gradient
+
+    def counts(self, index: int, group: Mapping[str, Any], is_sharded: bool) -> bool:
+        """Whether this is a step of a group: of a sharded one, where any rank has a gradient of it.
+
+        A step without a collective does not know of the other ranks. Then every group that trains is counted, and so is one
+        whose step is recorded (`capturable`). A device is waited for only where this rank has no gradient of the group.
+        """
+        if self.here[index] or not is_sharded:
+            return self.here[index]
+        totals = [found[index] for found in self.totals]
+        if totals and not any(isinstance(total, Tensor) for total in totals):
+            return any(total > 0 for total in totals)
+        trains = any(param.requires_grad for param in group["params"])
+        return trains and (not totals or bool(group.get("capturable")) or any(bool(total > 0) for total in totals))
+
+
+def add_over_shards(
+    columns: Sequence[tuple[list[Scalar], Sequence[int]]],
+    tensors: Sequence[Tensor],
+    live_groups: LiveGroups | None = None,
+) -> None:
     """Turn sums over local shards into sums over whole tensors, in place.
 
     Args:
         columns: sums of some kind (of magnitudes, of squares), one for each of `tensors`, and of which tensors they are to
             be added up. Every rank brings the same tensors in the same order: 0 for what it does not hold.
         tensors: DTensors, and others, whose sums stay as they are.
+        live_groups: travel with the sums of each mesh, as many groups on every rank.
 
     Every sum of one mesh travels in one vector: a single all-reduce where one dimension shards anything or the mesh has all
     ranks, else one for each dimension that does.
@@ -91,15 +129,17 @@ def add_over_shards(columns: Sequence[tuple[list[Scalar], Sequence[int]]], tenso
         for i in indices:
             if is_dtensor(tensors[i]):
                 meshes.setdefault(tensors[i].device_mesh, []).append((sums, i))  # type: ignore[attr-defined]
+    own = [] if live_groups is None else live_groups.numbers
     for mesh, entries in meshes.items():
         place = mesh.get_coordinate()
         if place is None:
             continue  # a mesh of other ranks: nothing of its tensors is here
-        flat = as_vector([sums[i] for sums, i in entries], mesh.device_type)
+        flat = as_vector([*[sums[i] for sums, i in entries], *own], mesh.device_type)
         for dims in _reduced_together(mesh, [tensors[i] for _, i in entries]):
             # A replicated tensor's sum is complete everywhere: only place 0 brings it, or it would count twice. (The rank
             # within a dimension's group is another number where a mesh has its ranks in an order of its own.)
             mine = [all(_shards(tensors[i], d) or place[d] == 0 for d in dims) for _, i in entries]
+            mine += [True] * len(own)
             if not all(mine):
                 # No mask: a list of the host's would be waited for by a device.
                 kept = zip(flat.unbind(), mine, strict=True)
@@ -108,9 +148,11 @@ def add_over_shards(columns: Sequence[tuple[list[Scalar], Sequence[int]]], tenso
             torch.distributed.all_reduce(flat, group=group)
         # The host knows its numbers again; a device's are not read.
         totals: Sequence[Scalar] = flat.tolist() if flat.is_cpu else flat.unbind()
-        for (sums, i), total in zip(entries, totals, strict=True):
+        for (sums, i), total in zip(entries, totals[: len(entries)], strict=True):
             before = sums[i]
             sums[i] = as_number(total, before.dtype, before.device) if isinstance(before, Tensor) else total
+        if live_groups is not None:
+            live_groups.totals.append(totals[len(entries) :])
 
 
 def as_vector(sums: Sequence[Scalar], device_type: str) -> Tensor:

@@ -150,6 +150,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
         self._layers.pair(self.param_groups)
+        self._layers.keep_options()
 
     def _complete(self, group: dict[str, Any], old: dict[str, Any]) -> None:
         """Give a loaded group what was saved before an option existed, or by another optimizer, does not say."""

@@ -22,9 +22,9 @@ from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
-from agr_hf.optim.shards import Scalar, local
+from agr_hf.optim.shards import LiveGroups, Scalar, local
 from agr_hf.optim.state import StatefulOptimizer
-from agr_hf.optim.zero import Partition, PartitionStep, is_partitioned
+from agr_hf.optim.zero import Partition, PartitionStep, check_loaded, is_partitioned
 
 if TYPE_CHECKING:
     from agr_hf.optim.backends.lists import Batch, Item
@@ -209,6 +209,7 @@ class StepOptimizer(StatefulOptimizer):
             sums, scales, norm = self._reduce(plan, signs, limits, clipping)
             if request is not None:
                 request[1].fill_(norm)
+        plan.count_groups()
         for part in plan.parts:
             if any(part.live):
                 part.update(sums, scales)
@@ -235,6 +236,8 @@ class StepOptimizer(StatefulOptimizer):
         for group, layers in pairs:
             for flat in group["params"]:
                 known = self._partitions.get(id(flat))
+                if known is None or not known.knows(self, self.state.get(flat) or {}):
+                    check_loaded(self, flat)
                 if known is None:
                     known = self._partitions[id(flat)] = PartitionStep(self, group, flat, layers)
                     self._init_partitions()
@@ -262,7 +265,7 @@ class StepOptimizer(StatefulOptimizer):
         self.plan.check_meshes(present, clipping)
         for part in self.plan.parts:
             part.count()
-        self.plan.count_groups(present)
+        self.plan.live_groups = LiveGroups(self.param_groups, present.grads)
         return self.plan
 
     def _reduce(

@@ -253,10 +253,14 @@ class PartitionStep:
         wanted = dict(zip(map(id, self.given), agr_flags({**group, "params": self.given}), strict=True))
         return [wanted[id(self.partition.layers[fragment.layer])] for fragment in self.partition.fragments]
 
+    def knows(self, optimizer: StepOptimizer, state: Mapping[str, Any]) -> bool:
+        """Whether the numbers of the flat state are those that the last step left."""
+        numbers = _numbers_of(optimizer, state)
+        return bool(self.known) and all(own is found for own, found in zip(self.known, numbers, strict=True))
+
     def _take_numbers(self, optimizer: StepOptimizer, state: dict[str, Any]) -> None:
         """Begin with the numbers of a flat state that was loaded, or is new."""
-        numbers = [state.get("step"), *[state.get(_plural(key)) for key in optimizer.scalar_state]]
-        if self.known and all(own is found for own, found in zip(self.known, numbers, strict=True)):
+        if self.knows(optimizer, state):
             return
         self.inner.state.clear()
         for i, piece in enumerate(self.pieces):
@@ -267,7 +271,7 @@ class PartitionStep:
                 saved = state.get(_plural(key))
                 fits = isinstance(saved, Tensor) and saved.shape == (len(self.pieces),)
                 entry[key] = saved[i].clone() if fits else torch.tensor(first, device=self.flat.device)  # type: ignore[index]
-        self.known = numbers
+        self.known = _numbers_of(optimizer, state)
 
     def _give_numbers(self, optimizer: StepOptimizer, state: dict[str, Any]) -> None:
         """Keep the numbers in the flat state; new tensors, for checkpoints of DeepSpeed may share one among partitions."""
@@ -275,7 +279,48 @@ class PartitionStep:
         entries = [self.inner.state[piece] for piece in self.pieces]
         for key in optimizer.scalar_state:
             state[_plural(key)] = torch.stack([entry[key] for entry in entries]) if entries else torch.zeros(0)
-        self.known = [state["step"], *[state[_plural(key)] for key in optimizer.scalar_state]]
+        self.known = _numbers_of(optimizer, state)
+
+
+def check_loaded(optimizer: StepOptimizer, flat: Tensor) -> None:
+    """Refuse a state, or options, that a universal checkpoint of DeepSpeed has not brought back whole.
+
+    Args:
+        optimizer: whose state and groups are looked at.
+        flat: a partition whose state is new, or was loaded since its last step.
+
+    Raises:
+        RuntimeError: state is missing, or a group has the options of the first one instead of its own.
+    """
+    name, state = type(optimizer).__name__, optimizer.state.get(flat)
+    if not state:
+        return
+    missing = [key for key in optimizer.state_keys if key not in state]
+    if float(state["step"]) > 0:
+        missing += [key for key in map(_plural, optimizer.required_state) if key not in state]
+    if missing:
+        raise RuntimeError(
+            f"the state that DeepSpeed loaded lacks {', '.join(missing)} of {name}: its universal checkpoints keep tensors "
+            "of the parameters' shape only, and under ZeRO 3 no others than exp_avg and exp_avg_sq; go on from a plain "
+            "checkpoint, on as many ranks as saved it"
+        )
+    # One tensor in the state of several partitions is what the universal load of ZeRO 3 leaves.
+    if not any(other is not state and other.get("step") is state["step"] for other in optimizer.state.values()):
+        return
+    layers = optimizer._layers
+    first = layers.pairs[0][0]
+    for (group, _), own in zip(layers.pairs, layers.options, strict=True):
+        changed = [key for key, value in own.items() if group[key] != value and group[key] == first[key]]
+        if changed:
+            raise RuntimeError(
+                f"DeepSpeed has given all groups of {name} the options of the first one, as it does when it loads a "
+                f"universal checkpoint under ZeRO 3: {', '.join(changed)} of another group changed. Give each group its own "
+                "options again after load_checkpoint, in engine.optimizer.param_groups"
+            )
+
+
+def _numbers_of(optimizer: StepOptimizer, state: Mapping[str, Any]) -> list[Any]:
+    return [state.get("step"), *[state.get(_plural(key)) for key in optimizer.scalar_state]]
 
 
 def _plural(key: str) -> str:

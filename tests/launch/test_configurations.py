@@ -1,6 +1,7 @@
 """Each file of training_scripts/accelerate_configs: accelerate reads it, starts it, and trains to the same end."""
 
 import json
+import pickle
 import sys
 from importlib.util import find_spec
 
@@ -22,6 +23,7 @@ from launchers import (
     small_batch,
     weights,
 )
+from torch.distributed.checkpoint import FileSystemReader
 
 pytestmark = pytest.mark.timeout(900)  # several starts, on a busy machine
 NAMES = sorted(path.stem for path in CONFIGURATIONS.glob("*.yaml"))
@@ -76,6 +78,16 @@ def check_same_end(folder, ddp, processes, epochs=1, tolerance=0.01):
     assert distance(weights(folder), with_agr) < tolerance * distance(with_agr, without)
 
 
+def forget_option(shards, option):
+    """Make shards of `torch.distributed.checkpoint` those of a version that did not have an option of the groups yet."""
+    table = FileSystemReader(shards).read_metadata()
+    lacking = [name for name in table.state_dict_metadata if name.endswith(f".{option}")]
+    assert lacking
+    for name in lacking:
+        del table.state_dict_metadata[name]
+    (shards / ".metadata").write_bytes(pickle.dumps(table))
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("ddp", 2)])
 def test_whole_models_train_to_the_same_end(name, processes, ddp, tmp_path):
@@ -101,10 +113,26 @@ def test_sharded_models_train_to_the_same_end_and_go_on_with_half_the_processes(
     check_same_end(folder, ddp, processes)
     shards = {path.name for path in (folder / "checkpoint-8/optimizer_0").glob("*.distcp")}
     assert len(shards) == processes
+    forget_option(folder / "checkpoint-8/optimizer_0", "agr_suspended")
     half = processes // 2
     command += [*small_batch(half), "--num_train_epochs", "2", "--resume_from_checkpoint", "latest"]
     run([*accelerate_launch("fsdp2", *BLOCKS, "--num_processes", half), *command])
     check_same_end(folder, ddp, half, epochs=2, tolerance=0.01 if half > 1 else 0.2)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "options",
+    [["--fsdp_activation_checkpointing", "true"], ["--dynamo_backend", "aot_eager"]],
+    ids=["activations", "dynamo"],
+)
+def test_shards_with_recomputed_activations_and_with_compiled_models_train_to_the_same_end(options, ddp, tmp_path):
+    folder = tmp_path / "run"
+    command = [*ON_GLOO, *CLASSIFIER, *SMALL, *small_batch(2), "--num_train_epochs", "1", "--output_dir", folder]
+    printed = run([*accelerate_launch("fsdp2", *BLOCKS, *options), *command], TORCH_LOGS="dynamo")
+    if "--dynamo_backend" in options:
+        assert "torch/_dynamo/convert_frame.py" in printed  # it was compiled
+    check_same_end(folder, ddp, 2)
 
 
 @pytest.mark.launch

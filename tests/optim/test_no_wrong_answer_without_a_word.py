@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import OURS, WITH_AGR
-from test_sharded import spawn
+from ranks import spawn
 from torch.nn import Parameter
 
 from agr_hf import AdaL, AGRAdamW, NosAdam, agr, agr_param_groups, attach_agr

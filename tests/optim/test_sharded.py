@@ -1,36 +1,20 @@
 """Two processes on the CPU (gloo): a sharded tensor gets the answer of the whole one."""
 
-import os
 import tempfile
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from oracle import OURS, WITH_AGR, gradients, initial
+from ranks import spawn
 
-from agr_hf import agr, attach_agr, l1_norms
-from agr_hf.integrations.checkpoints import load_optimizer, save_optimizer
+from agr_hf import AGRAdamW, agr, attach_agr, l1_norms
+from agr_hf.integrations.checkpoints import load_optimizer, loads_older_state, save_optimizer
 from agr_hf.optim.registry import OPTIMIZERS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
 WORLD = 2
-
-
-def spawn(check, tmp_path, world=WORLD):
-    arguments = (check, str(tmp_path / "store"), world)
-    torch.multiprocessing.start_processes(run, arguments, nprocs=world, start_method="forkserver")
-
-
-def run(rank, check, store, world):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        check()
-    finally:
-        dist.destroy_process_group()
-    # Not by sys.exit: gloo's threads outlive their group here, and one that lets go of its last tensor while the
-    # interpreter ends aborts the process (pytorch/pytorch#190489).
-    os._exit(0)
 
 
 def placed(tensor, mesh, i):
@@ -297,6 +281,68 @@ def check_distributed_checkpoint():
         assert torch.equal(p, q)
 
 
+def check_states_saved_without_some_options(folder):
+    """Shards saved before an option existed, and those of torch's AdamW, go on as the run itself; others are refused."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def made(cls):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 33), torch.nn.ReLU(), torch.nn.Linear(33, 3)).double()
+        fully_shard(model)
+        matrices, biases = ([p for p in model.parameters() if (p.ndim > 1) == kind] for kind in (True, False))
+        return model, cls([{"params": matrices}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
+
+    def trained(model, optimizer, steps):
+        x = torch.linspace(-1, 1, 56, dtype=torch.float64).view(8, 7)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def load(model, optimizer, name):
+        found = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(found, storage_reader=dcp.FileSystemReader(f"{folder}/{name}"), planner=dcp.DefaultLoadPlanner())
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+
+    kinds = {
+        "suspended": (AGRAdamW, ["agr_suspended"]), "step": (AGRAdamW, ["agr_suspended", "agr_step"]),
+        "torch": (torch.optim.AdamW, []), "adal": (OPTIMIZERS["adal"].cls, []),
+    }  # fmt: skip
+    for name, (cls, lacking) in kinds.items():
+        model, optimizer = made(cls)
+        trained(model, optimizer, 3)
+        for group in optimizer.param_groups:
+            for key in lacking:
+                del group[key]
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(f"{folder}/{name}"))
+        other, resumed = made(partial(AGRAdamW, agr_steps=5))
+        other.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
+        if name == "adal":
+            with (
+                pytest.raises(ValueError, match="needs exp_avg, exp_avg_sq"),
+                loads_older_state(resumed, f"{folder}/{name}"),
+            ):
+                pass
+            assert not resumed.state
+            continue
+        with loads_older_state(resumed, f"{folder}/{name}"):
+            load(other, resumed, name)
+        assert "agr_suspended" in resumed.state_dict()["param_groups"][0]
+        assert [group["agr_step"] for group in resumed.param_groups] == [3, 3]
+        # What the file says counts, and what it lacks is the optimizer's own.
+        assert resumed.param_groups[0]["agr_steps"] == (None if cls is AGRAdamW else 5)
+        if cls is AGRAdamW:
+            for group in optimizer.param_groups:
+                group.update({"agr_suspended": False, "agr_step": 3})
+            for m, o in ((model, optimizer), (other, resumed)):
+                trained(m, o, 3)
+            for p, q in zip(model.parameters(), other.parameters(), strict=True):
+                assert torch.equal(p.to_local(), q.to_local())
+
+
 def check_gradients_that_not_every_rank_has():
     """What a rank lacks counts as zero: sums of different tensors are never added up, and no rank waits for another."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -335,6 +381,92 @@ def check_gradients_that_not_every_rank_has():
     torch.testing.assert_close(params[rank].grad.to_local(), mine - mine.abs() / mine.abs().sum() * mine)
 
 
+def check_gradients_laid_otherwise_than_their_parameters():
+    """As tensor parallelism leaves them: whole on each rank, or parts still to be added up, of shards or whole tensors. They
+    are laid anew in memory that no `.grad` holds, and that a step must not read after it was given to others."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    starts, *grads = ([torch.randn(60, 40) for _ in range(4)] for _ in range(4))
+
+    def lay_grad(i, grad):
+        mine, placement = (grad / WORLD, Partial()) if i % 2 else (grad.clone(), Replicate())
+        return DTensor.from_local(mine, mesh, [placement], run_check=False)
+
+    for name in OURS:
+        whole = [torch.nn.Parameter(start.clone()) for start in starts]
+        laid_out = [
+            torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]) if i < 2 else start.clone())
+            for i, start in enumerate(starts)
+        ]
+        optimizers = [OPTIMIZERS[name].cls(params, lr=1e-2) for params in (whole, laid_out)]
+        for some in grads:
+            for i, (p, q, grad) in enumerate(zip(whole, laid_out, some, strict=True)):
+                p.grad, q.grad = grad.clone(), lay_grad(i, grad)
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q in zip(whole, laid_out, strict=True):
+            found = q.detach().full_tensor() if hasattr(q, "full_tensor") else q.detach()
+            torch.testing.assert_close(found, p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def check_ranks_count_steps_alike():
+    """A rank without a gradient of a group counts the step where another rank has one, as one process with the whole does,
+    so that all of them suspend AGR at the same step; where no rank has one, none does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, rank = init_device_mesh("cpu", (WORLD,)), dist.get_rank()
+    torch.manual_seed(0)
+    starts, grads = ([torch.randn(6, 4, dtype=torch.float64) for _ in range(3)] for _ in range(2))
+    # Of each step, the ranks that have a gradient of the first group (two tensors), and of the second.
+    owners = [((0,), (0, 1)), ((0, 1), ()), ((1,), (0,)), ((0,), ()), ((0, 1), (1,)), ((0, 1), (0, 1))]
+    for name in WITH_AGR:
+        for way in ("own", "clipped", "attached"):
+            params = [torch.nn.Parameter(start.clone()) for start in starts]
+            shards = [torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)])) for start in starts]
+            optimizers = []
+            for some in (params, shards):
+                groups = [{"params": some[:2]}, {"params": some[2:]}]
+                if way == "attached":
+                    optimizers.append(torch.optim.SGD(groups, lr=0.1))
+                    attach_agr(optimizers[-1], steps=3)
+                else:
+                    clip = 0.5 if way == "clipped" else None
+                    optimizers.append(OPTIMIZERS[name].cls(groups, lr=1e-2, agr_steps=3, max_grad_norm=clip))
+            for first, second in owners:
+                for p, q, grad, ranks in zip(params, shards, grads, (first, first, second), strict=True):
+                    halves = enumerate(grad.chunk(WORLD))
+                    whole = torch.cat([half if r in ranks else torch.zeros_like(half) for r, half in halves])
+                    p.grad = whole if ranks else None
+                    laid_out = distribute_tensor(grad.clone(), mesh, [Shard(0)])  # which all ranks call
+                    q.grad = laid_out if rank in ranks else None
+                for optimizer in optimizers:
+                    optimizer.step()
+                counts = [[group["agr_step"] for group in optimizer.param_groups] for optimizer in optimizers]
+                assert counts[0] == counts[1]
+            assert counts[0] == [6, 4]
+    # While AGR is suspended there is no collective, and a group that trains is counted.
+    param = torch.nn.Parameter(distribute_tensor(starts[0].clone(), mesh, [Shard(0)]))
+    frozen = torch.nn.Parameter(distribute_tensor(starts[0].clone(), mesh, [Shard(0)]), requires_grad=False)
+    optimizer = OPTIMIZERS["agr_adamw"].cls([{"params": [param]}, {"params": [frozen]}], agr_steps=3)
+    for group in optimizer.param_groups:
+        group["agr_suspended"] = True
+    laid_out = distribute_tensor(grads[0].clone(), mesh, [Shard(0)])
+    param.grad = laid_out if rank == 0 else None
+    with pytest.MonkeyPatch.context() as monkey:
+        calls = counted_all_reduces(monkey)
+        optimizer.step()
+        assert not calls
+    assert [group["agr_step"] for group in optimizer.param_groups] == [1, 0]
+
+
+def test_states_saved_without_some_options(tmp_path):
+    spawn(partial(check_states_saved_without_some_options, str(tmp_path)), tmp_path)
+
+
 def test_two_dimensions_of_a_mesh(tmp_path):
     spawn(check_two_dimensions, tmp_path, world=4)
 
@@ -344,7 +476,9 @@ def test_two_dimensions_of_a_mesh(tmp_path):
     [
         check_distributed_checkpoint,
         check_gradients_that_not_every_rank_has,
+        check_gradients_laid_otherwise_than_their_parameters,
         check_meshes_of_other_ranks,
+        check_ranks_count_steps_alike,
         check_states_laid_otherwise,
         check_norms_and_psi,
         check_steps,

@@ -245,6 +245,22 @@ class TestDeepSpeed:
     def test_a_run_resumes_to_the_bit(self, tmp_path):
         assert set(run(2, "resumed", tmp_path, folder=tmp_path).values()) == {0.0}
 
+    @pytest.mark.parametrize(("name", "stage"), [("agr_adamw", "2"), ("agr_adamw", "3"), ("agr_adan", "3")])
+    def test_a_universal_checkpoint_goes_on_with_other_ranks_or_is_refused(self, name, stage, tmp_path):
+        run(2, "leave", tmp_path, name, stage, folder=tmp_path)
+        convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        convert += ["--input_folder", tmp_path / "half", "--output_folder", tmp_path / "universal"]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+        subprocess.run(convert, check=True, capture_output=True, timeout=280, env=environment)
+        for ranks in (2, 3):
+            found = run(ranks, "go_on", tmp_path, name, stage, folder=tmp_path)
+            if stage == "3":
+                lost = "lacks exp_avg_diff, neg_pre_grad of AGRAdan"
+                assert (lost if name == "agr_adan" else "the options of the first one") in found["refused"]
+            if name != "agr_adan":
+                assert found["counts"] == [4, 4]
+                assert found["distance"] < 1e-3
+
     def test_a_step_takes_one_collective_however_many_layers(self, tmp_path):
         assert set(run(2, "collectives", folder=tmp_path).values()) == {1}
 

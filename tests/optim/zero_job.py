@@ -82,7 +82,7 @@ def train_alone(name, clip=0.0, **options):
     return torch.cat([p.detach().flatten() for p in trained(model)])
 
 
-def start(name, stage, accumulation=1, clip=0.0, precision="fp32", zero_options=None, **options):
+def start(name, stage, accumulation=1, clip=0.0, precision="fp32", zero_options=None, universal=False, **options):
     model = make_model()
     optimizer = make_optimizer(name, model, **options)
     config = {
@@ -93,8 +93,10 @@ def start(name, stage, accumulation=1, clip=0.0, precision="fp32", zero_options=
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True}
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine, model, optimizer
 
@@ -183,6 +185,47 @@ def resumed(folder):
         assert [group.get("agr_step", STEPS) for group in optimizer.param_groups] == [STEPS] * 2
         found[f"{name} {stage}"] = (weights(model, stage) - whole).abs().max().item()
     return found
+
+
+def leave(folder, name, stage):
+    """Half of a run, saved under ZeRO, and the end of the whole one."""
+    whole = train_under_zero(name, int(stage))
+    engine, *_ = start(name, int(stage))
+    for step in range(STEPS // 2):
+        backward(engine, step)
+        engine.step()
+    engine.save_checkpoint(folder, tag="half")
+    torch.save(whole, f"{folder}/whole.pt")
+    return {}
+
+
+def go_on(folder, name, stage):
+    """The distance to a run that was not stopped, from the universal checkpoint of `leave`, as `equal` gives it."""
+    engine, model, optimizer = start(name, int(stage), universal=True)
+    assert engine.load_checkpoint(folder, tag="universal")[0] is not None
+    counts = [group.get("agr_step", STEPS // 2) for group in optimizer.param_groups]
+    refused = ""
+    if stage == "3":
+        backward(engine, STEPS // 2)
+        try:
+            engine.step()
+        except RuntimeError as error:
+            refused = str(error)
+        if name != "agr_adamw":
+            return {"refused": refused}
+        engine.destroy()
+        engine, model, optimizer = start(name, 3, universal=True)
+        engine.load_checkpoint(folder, tag="universal")
+        for group, own in zip(engine.optimizer.param_groups, make_groups(model), strict=True):
+            group.update({"agr": own.get("agr", True), "weight_decay": own["weight_decay"]})
+    for step in range(STEPS // 2, STEPS):
+        backward(engine, step)
+        engine.step()
+    whole, other = torch.load(f"{folder}/whole.pt"), train_alone("adam")
+    if name.startswith("agr"):
+        other = train_alone(name, agr=False)
+    distance = ((weights(model, int(stage)) - whole).norm() / (whole - other).norm()).item()
+    return {"distance": distance, "counts": counts, "refused": refused}
 
 
 def low_precision():

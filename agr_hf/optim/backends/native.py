@@ -134,6 +134,9 @@ class NativePart(Part):
             for row, param, look in zip(rows, params, self.grad_looks, strict=True)
         ]
         self.fixed = array("q", [param.numel() for param in params] + flags)
+        # A gradient without elements has the address 0, which means none to native.c. But an empty shard keeps the numbers
+        # of its whole tensor too: a sharded checkpoint takes them from any rank.
+        self.empty = [k for k, param in enumerate(params) if not param.numel()]
         self.groups = {row.group_index: row.group for row in rows}
         slots = {number: slot for slot, number in enumerate(self.groups)}
         self.group_slots = array("q", [slots[row.group_index] for row in rows])
@@ -144,7 +147,7 @@ class NativePart(Part):
         self.grad_guard: Any = None  # of the rows that are live
         self.addresses: list[int] = []
         self.params: list[Tensor] = []  # until the step is done, as `held`
-        self.held: list[Tensor] = []
+        self.held: list[Any] = []
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         return torch.float64  # native.c reads and writes doubles
@@ -168,15 +171,18 @@ class NativePart(Part):
         elif not self.grad_guard.check(*there):
             return False
         self.set_live(live)
-        self.params, self.held = params, []
+        self.params = params
         if self.copied:
             grads = [
                 layout.flat(grad) if grad is not None and (layout := self.copied.get(k)) else grad
                 for k, grad in enumerate(grads)
             ]
-            self.held = grads
+        # Not all are in the memory of a `.grad`: a DTensor's that is laid otherwise than its parameter was laid anew.
+        self.held = grads
         of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
         self.addresses = [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))]
+        for k in self.empty:
+            self.addresses[len(params) + k] = int(live[k])
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
