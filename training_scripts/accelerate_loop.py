@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from agr_hf import create_optimizer, list_optimizers
+from agr_hf.errors import UserError
 from agr_hf.integrations.accelerate import (
     Progress,
     batches_of_epoch,
@@ -72,7 +73,7 @@ def main(argv=None):
     )
     check_launch(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
+        raise UserError(
             f"this loop averages whole weights, and does not run under {accelerator.distributed_type.value}; start it with "
             "DDP, or train sharded models with Trainer, as train_image_classifier.py does"
         )
