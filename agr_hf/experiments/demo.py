@@ -68,7 +68,7 @@ def train_once(name: str, seed: int, epochs: int, bar: Any) -> tuple[RunRecord, 
             model, data["train"], data["validation"], classification_metrics, callbacks=[Progress(bar)],
             without=[PrinterCallback],
         )  # fmt: skip
-        test = run.trainer.evaluate(data["test"], metric_key_prefix="test")  # type: ignore[arg-type]
+        test = run.trainer.evaluate(data["test"], metric_key_prefix="test")
     metrics = {f"validation_{key}": found[key] for key in ("accuracy", "loss")}
     metrics |= {key: test[key] for key in ("test_accuracy", "test_loss")}
     dataset = describe_dataset("digits", len(data["train"]), split="test", evaluated=len(data["test"]))
@@ -96,8 +96,8 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
                 run, model = train_once(name, seed, epochs, bar)
                 runs.append(run)
                 # By the validation images: the test images say how good it is, not which it is.
-                if best is None or accuracy(run) > best[0]:
-                    best = accuracy(run), model
+                if best is None or metric(run, "validation_accuracy") > best[0]:
+                    best = metric(run, "validation_accuracy"), model
             if best is not None:
                 with replaced_folder(output / "models" / name) as folder:
                     best[1].save_pretrained(folder)
@@ -121,9 +121,10 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
         say(f"  {output / 'models' / name}  (AutoModelForImageClassification.from_pretrained loads it)")
 
 
-def accuracy(run: RunRecord) -> float:
-    """On the validation images, from 0 to 1."""
-    return float(run.metrics["validation_accuracy"] or 0.0)
+def metric(run: RunRecord, name: str) -> float:
+    """A metric of a run; NaN where it was not finite."""
+    value = run.metrics[name]
+    return float("nan") if value is None else float(value)
 
 
 def mean_and_deviation(values: Sequence[Any], digits: int) -> str:
@@ -135,8 +136,8 @@ def results_table(runs: Sequence[RunRecord]) -> str:
     rows = ["| optimizer | test accuracy (%) | test loss | seconds a run |", "| --- | --- | --- | --- |"]
     for name in dict.fromkeys(run.optimizer for run in runs):
         mine = [run for run in runs if run.optimizer == name]
-        accuracies = mean_and_deviation([100 * run.metrics["test_accuracy"] for run in mine], 2)
-        losses = mean_and_deviation([run.metrics["test_loss"] for run in mine], 4)
+        accuracies = mean_and_deviation([100 * metric(run, "test_accuracy") for run in mine], 2)
+        losses = mean_and_deviation([metric(run, "test_loss") for run in mine], 4)
         seconds = mean_and_deviation([run.seconds for run in mine], 1)
         rows.append(f"| {optimizer_info(name).title} | {accuracies} | {losses} | {seconds} |")
     return "\n".join(rows)

@@ -48,5 +48,6 @@ class ScriptParser(HfArgumentParser):
             SystemExit: the command line is refused; the message says why.
         """
         apply_recipe(self, self.recipes, argv)
+        given = given_arguments(self, argv)  # before the other, which raises ValueError for an unknown argument
         # A file of arguments beside the script would be in no record.
-        return self.parse_args_into_dataclasses(argv, look_for_args_file=False), given_arguments(self, argv)
+        return self.parse_args_into_dataclasses(argv, look_for_args_file=False), given

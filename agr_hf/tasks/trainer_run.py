@@ -121,7 +121,7 @@ class TrainerRun:
         eval_data: Any,
         compute_metrics: Callable[[Any], Mapping[str, float]],
         *,
-        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        callbacks: Sequence[TrainerCallback] = (),
         without: Sequence[type[TrainerCallback]] = (),
         **options: Any,
     ) -> dict[str, Any]:
