@@ -93,7 +93,7 @@ class Arguments:
 
 
 def make_parser():
-    return ScriptParser(Arguments, recipes=diffusion.RECIPES)
+    return ScriptParser(Arguments, recipes=diffusion.RECIPES, description=__doc__)
 
 
 def parse_args(argv=None):

@@ -12,14 +12,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from agr_hf.files import replaced_file, replaced_folder, write_text
@@ -35,7 +28,7 @@ OPTIMIZERS = ("adamw", "agr_adamw", "adal")
 ARGUMENTS: dict[str, Any] = {
     "learning_rate": 2e-3, "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
     "per_device_train_batch_size": 64, "per_device_eval_batch_size": 360, "save_strategy": "no", "disable_tqdm": True,
-    "dataloader_pin_memory": torch.cuda.is_available(),
+    "dataloader_pin_memory": torch.cuda.is_available(), "gradient_statistics_every": 0,
 }  # fmt: skip
 MEASURE_EVERY = 10  # steps between measurements of AGR's effect
 OWN: dict[str, dict[str, Any]] = {
@@ -51,16 +44,16 @@ class Progress(TrainerCallback):
     def __init__(self, bar: Any) -> None:
         self.bar = bar
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.bar.update()
 
 
 def train_once(name: str, seed: int, epochs: int, bar: Any) -> tuple[RunRecord, PreTrainedModel]:
     """Train one model as the scripts do; the seed decides its initialisation and the order of the data alike."""
-    arguments = {**ARGUMENTS, "gradient_statistics_every": 0, **OWN.get(name, {})}
-    arguments |= {"optim": name, "seed": seed, "num_train_epochs": epochs}
+    bar.set_postfix_str(f"{optimizer_info(name).title}, seed {seed}")
+    own = {"optim": name, "seed": seed, "num_train_epochs": epochs, **OWN.get(name, {})}
     with tempfile.TemporaryDirectory() as folder:
-        words = argument_words({**arguments, "output_dir": folder})
+        words = argument_words({**ARGUMENTS, **own, "output_dir": folder})
         run = TrainerRun(__file__, trainer_parser(recipes={}), words)
         data = load_digits()
         model = classifier("vit-micro", 8, 1, [str(digit) for digit in range(10)], (), ())
@@ -90,31 +83,23 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
     steps = epochs * -(-1077 // ARGUMENTS["per_device_train_batch_size"])
     with tqdm(total=len(OPTIMIZERS) * seeds * steps, unit="step", desc="demo") as bar:
         for name in OPTIMIZERS:
-            best: tuple[float, PreTrainedModel] | None = None
-            for seed in range(seeds):
-                bar.set_postfix_str(f"{optimizer_info(name).title}, seed {seed}")
-                run, model = train_once(name, seed, epochs, bar)
-                runs.append(run)
-                # By the validation images: the test images say how good it is, not which it is.
-                if best is None or metric(run, "validation_accuracy") > best[0]:
-                    best = metric(run, "validation_accuracy"), model
-            if best is not None:
-                with replaced_folder(output / "models" / name) as folder:
-                    best[1].save_pretrained(folder)
-    table = results_table(runs)
-    effects = effects_table(runs)
+            made = [train_once(name, seed, epochs, bar) for seed in range(seeds)]
+            runs += [run for run, _ in made]
+            # By the validation images: the test images say how good it is, not which it is.
+            _, best = max(made, key=lambda one: metric(one[0], "validation_accuracy"))
+            with replaced_folder(output / "models" / name) as folder:
+                best.save_pretrained(folder)
     rate, decay = ARGUMENTS["learning_rate"], ARGUMENTS["weight_decay"]
     text = (
-        f"{table}\n\nThe same initial weights and the same batches for each seed; "
+        f"{results_table(runs)}\n\nThe same initial weights and the same batches for each seed; "
         f"{seeds} seeds, {epochs} epochs, lr {rate:g}, decoupled weight decay {decay:g}, cosine "
         f"schedule. Mean ± standard deviation over seeds; 360 test images, so one image is 0.28%.\n\n"
-        f"What AGR took from the gradients, ‖Ψ(g) − g‖ / ‖g‖, every {MEASURE_EVERY} steps:\n\n{effects}\n"
+        f"What AGR took from the gradients, ‖Ψ(g) − g‖ / ‖g‖, every {MEASURE_EVERY} steps:\n\n{effects_table(runs)}\n"
     )
     write_text(output / "table.md", text)
     write_text(output / "results.json", json.dumps({"runs": [asdict(run) for run in runs]}, indent=2) + "\n")
     plot_curves(runs, output / "curves.png")
-    say("\n" + text)
-    say("Written to:")
+    say(f"\n{text}\nWritten to:")
     for name in ("table.md", "results.json", "curves.png"):
         say(f"  {output / name}")
     for name in OPTIMIZERS:

@@ -11,6 +11,10 @@ from transformers import HfArgumentParser
 from agr_hf.tasks.recipes import apply_recipe, given_arguments
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 class ScriptParser(HfArgumentParser):
     """HfArgumentParser with recipes, that takes whole names only.
 
@@ -20,16 +24,22 @@ class ScriptParser(HfArgumentParser):
     Args:
         *kinds: dataclasses of arguments, one of them with `recipe`.
         recipes: values by the name of a recipe; see `apply_recipe`.
+        description: for --help.
         **defaults: win over those of the dataclasses.
 
     Attributes:
         repeatable: what the metadata says, by argument.
     """
 
-    def __init__(self, *kinds: type, recipes: Mapping[str, Mapping[str, Any]], **defaults: Any) -> None:
+    def __init__(
+        self, *kinds: type, recipes: Mapping[str, Mapping[str, Any]], description: str | None = None, **defaults: Any
+    ) -> None:
         self.repeatable: dict[str, bool | str] = {}
         self.recipes = recipes
-        super().__init__(kinds, allow_abbrev=False, epilog=f"Recipes: {', '.join(recipes)}")  # type: ignore[arg-type]
+        super().__init__(
+            kinds, allow_abbrev=False, description=description, epilog=f"Recipes: {', '.join(recipes) or 'none'}",  # type: ignore[arg-type]
+            formatter_class=_Help,
+        )  # fmt: skip
         self.set_defaults(**defaults)
 
     def add_argument(self, *names: str, repeatable: bool | str = True, **options: Any) -> argparse.Action:
