@@ -79,7 +79,7 @@ class DataArguments:
 
 
 def make_parser():
-    return trainer_parser(ModelArguments, DataArguments, recipes=RECIPES, description=__doc__, per_device_train_batch_size=16)
+    return trainer_parser(__doc__, ModelArguments, DataArguments, recipes=RECIPES, per_device_train_batch_size=16)
 
 
 def main(argv=None):

@@ -39,7 +39,7 @@ class DataArguments:
 
 
 def make_parser():
-    return trainer_parser(ModelArguments, DataArguments, recipes=IMAGE_RECIPES, description=__doc__,
+    return trainer_parser(__doc__, ModelArguments, DataArguments, recipes=IMAGE_RECIPES,
                           per_device_train_batch_size=64, save_strategy="epoch")  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def train_once(name: str, seed: int, epochs: int, bar: Any) -> tuple[RunRecord, 
     own = {"optim": name, "seed": seed, "num_train_epochs": epochs, **OWN.get(name, {})}
     with tempfile.TemporaryDirectory() as folder:
         words = argument_words({**ARGUMENTS, **own, "output_dir": folder})
-        run = TrainerRun(__file__, trainer_parser(recipes={}), words)
+        run = TrainerRun(__file__, trainer_parser(__doc__, recipes={}), words)
         data = load_digits()
         model = classifier("vit-micro", 8, 1, [str(digit) for digit in range(10)], (), ())
         found = run.train(

@@ -202,9 +202,13 @@ def _digest(contents: Mapping[str, bytes | Path]) -> str:
 
 def check_place(repo_id: str, revision: str | None = None) -> None:
     """Raise UserError where nothing can be pushed to."""
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(str(error)) from None
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(f"revision={revision} is a commit; name a branch to push to, or none for main")
 

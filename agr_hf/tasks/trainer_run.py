@@ -46,10 +46,13 @@ class RunArguments:
     )
 
 
-def trainer_parser(*kinds: type, recipes: Mapping[str, Mapping[str, Any]], **defaults: Any) -> ScriptParser:
+def trainer_parser(
+    description: str | None, *kinds: type, recipes: Mapping[str, Mapping[str, Any]], **defaults: Any
+) -> ScriptParser:
     """The parser of a script on Trainer.
 
     Args:
+        description: for --help.
         *kinds: the script's own dataclasses of arguments.
         recipes: values by name.
         **defaults: of TrainingArguments, where the script's differ from those of all scripts.
@@ -59,7 +62,8 @@ def trainer_parser(*kinds: type, recipes: Mapping[str, Mapping[str, Any]], **def
         "optim": "agr_adamw", "learning_rate": 1e-3, "eval_strategy": "epoch", "logging_strategy": "epoch",
         "save_total_limit": 2, "report_to": "none",
     }  # fmt: skip
-    return ScriptParser(*kinds, RunArguments, TrainingArguments, recipes=recipes, **{**common, **defaults})
+    kinds = (*kinds, RunArguments, TrainingArguments)
+    return ScriptParser(*kinds, recipes=recipes, description=description, **{**common, **defaults})
 
 
 def parse_run(parser: ScriptParser, argv: Sequence[str] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
