@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs clean
-.PHONY: test-launch test-hosts test-kills
+.PHONY: test-launch test-hosts test-kills test-postgres
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
 
 # Two workers, of which one that is done takes over tests of the other.
-TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills)"
+TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills or postgres)"
 
 test: $(VENV)/installed lint
 	$(BIN)/$(TEST)
@@ -53,6 +53,11 @@ test-hosts: $(VENV)/installed
 # Fifty kills at random moments.
 test-kills: $(VENV)/installed
 	$(BIN)/python -m pytest -m kills -s
+
+# Comparisons that several machines share, on a PostgreSQL server of their own (Debian's package postgresql).
+test-postgres: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet psycopg2-binary
+	$(BIN)/python -m pytest -m postgres
 
 # What a step costs, beside the optimizers of the other packages that the extra lists.
 bench: $(VENV)/installed

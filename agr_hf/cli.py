@@ -110,10 +110,14 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--trials", type=count, help="of the search, for each optimizer")
     versus.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
     versus.add_argument(
-        "--storage", metavar="URL", help="database for workers on several machines, such as postgresql://user@host/name "
-        "(trials.db under --output)",
+        "--storage", metavar="URL", help="database for workers on several machines, such as "
+        "postgresql+psycopg2://user@host/name (trials.db under --output)",
     )  # fmt: skip
     versus.set_defaults(run=run_compare)
+    told = commands.add_parser("report", help="comparisons as one HTML page and as Markdown")
+    told.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the --output of agr-hf compare")
+    told.add_argument("--output", type=Path, help="folder for report.html and report.md (the first DIR)")
+    told.set_defaults(run=run_report)
     claim = commands.add_parser("claim", help="what the papers claim, and what was found")
     kinds = claim.add_subparsers(dest="kind", required=True, metavar="list|run")
     listed = kinds.add_parser("list", help="all claims as a table, with the verdicts of measurements")
@@ -205,7 +209,7 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    from agr_hf.experiments.compare import compare, plan_comparison, report
+    from agr_hf.experiments.compare import compare, plan_comparison
 
     comparison = plan_comparison(
         arguments.task,
@@ -218,9 +222,16 @@ def run_compare(arguments: argparse.Namespace) -> None:
         arguments.search,
         arguments.trials,
     )
-    found = compare(comparison, arguments.output, workers=arguments.workers, storage=arguments.storage)
-    print("\n" + report(found))
-    print(f"Written to {arguments.output}: comparison.json, report.md, runs/")
+    compare(comparison, arguments.output, workers=arguments.workers, storage=arguments.storage)
+    print("\n" + (arguments.output / "report.md").read_text(encoding="utf-8"))
+    print(f"Written to {arguments.output}: comparison.json, report.html, report.md, runs/")
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.report import write_reports
+
+    for path in write_reports(arguments.folders, arguments.output):
+        print(path)
 
 
 def run_claim_list(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more thread
 
 import multiprocessing
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,33 @@ multiprocessing.set_forkserver_preload(
 # No deadline: machines that run tests are shared.
 settings.register_profile("agr_hf", deadline=None)
 settings.load_profile("agr_hf")
+
+
+POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The URL of a PostgreSQL server of its own, on a socket."""
+    if POSTGRES is None:
+        pytest.skip("PostgreSQL is not installed; Debian's package postgresql has it")
+    pytest.importorskip("psycopg2", reason="the driver psycopg2 is not installed")
+    # Not below pytest's own folders, which are root's alone: the server refuses to run as root. Sockets need short paths.
+    folder = Path(tempfile.mkdtemp(prefix="agr-hf-postgres-"))
+    owner = []
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres")
+        owner = ["runuser", "-u", "postgres", "--"]
+    control = [*owner, POSTGRES.parent / "pg_ctl", "-D", folder / "data", "-w"]
+    made = [*owner, POSTGRES, "-D", folder / "data", "-U", "tester", "-A", "trust"]
+    subprocess.run(made, check=True, capture_output=True, cwd="/")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder}"
+    subprocess.run(
+        [*control, "-l", folder / "log", "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd="/"
+    )
+    yield f"postgresql+psycopg2://tester@/postgres?host={folder}"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True, cwd="/")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

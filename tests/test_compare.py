@@ -1,9 +1,9 @@
 """`agr-hf compare` with a script that is not the package's own: in one go, stopped and continued, shared by two."""
 
 import json
+import math
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -12,7 +12,7 @@ from agr_hf.cli import main
 from agr_hf.experiments.compare import compare, plan_comparison
 
 SCRIPT = """
-import argparse, json, pathlib, random, sys, time
+import argparse, json, math, pathlib, random, sys, time
 parser = argparse.ArgumentParser()
 for name in ("--optim", "--output_dir", "--scale", "--trace"):
     parser.add_argument(name)
@@ -23,10 +23,11 @@ with open(arguments.trace, "a") as file:
 time.sleep(0.05)
 if arguments.optim == "broken":
     sys.exit("the script says why")
+scale = float(arguments.scale or 1)
 level = random.Random(arguments.seed).gauss(0.9, 0.05)  # of the seed, whatever the optimizer
 noise = random.Random(f"{arguments.optim} {arguments.seed}").gauss(0, 0.001)
 gain = {"adamw": 0.0, "helps": 0.01, "diverges": 0.0}[arguments.optim]
-metrics = {"accuracy": level + gain + noise, "loss": 1 - level - gain + noise}
+metrics = {"accuracy": level + gain + noise, "loss": 1 - level - gain + noise + abs(math.log(scale))}
 if arguments.optim == "diverges" and arguments.seed == 1:
     metrics = {"accuracy": 0.1, "loss": None}
 folder = pathlib.Path(arguments.output_dir)
@@ -57,8 +58,9 @@ def test_a_comparison_finds_what_helps(script, tmp_path, capsys):
     arguments = ["compare", str(script), "--optim", "adamw", "helps", "--seeds", "4", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--set", "scale=1,2", "--", "--trace", str(trace_file)]) == 0
     out = capsys.readouterr().out
-    assert "[16/16]" in out
-    assert "| helps, scale=1 | adamw | accuracy | 4 |" in out
+    assert "0 runs left" in out
+    assert "| helps, scale=1 | AdamW, scale=1 | accuracy | 4 |" in out
+    assert "helps, scale=2 against AdamW, scale=2, accuracy: better." in out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     rows = {(row["metric"], row["settings"]["scale"]): row for row in found["comparisons"]}
     assert len(rows) == 4
@@ -83,28 +85,99 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(script, tmp_path):
         assert process.poll() is None
     process.kill()
     process.wait()
-    time.sleep(0.3)  # the script of the run that was in hand ends by itself
-    done = len(list((tmp_path / "out").glob("runs/*/*/results.json")))
-    before = len(trace(script))
     continued = compare(plan(script, "adamw", "helps"), tmp_path / "out")
-    assert len(trace(script)) == before + 8 - done
+    # The run that was in hand ended by itself, and is found done.
+    assert len(trace(script)) == len(set(trace(script))) == 8
     whole = compare(plan(script, "adamw", "helps"), tmp_path / "other")
     assert continued["comparisons"] == whole["comparisons"]
 
 
 def test_two_commands_share_the_runs_and_take_none_twice(script, tmp_path):
-    found = []
-
-    def work():
-        found.append(compare(plan(script, "adamw", "helps", seeds=8), tmp_path / "out", workers=2))
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found[0]["comparisons"] == found[1]["comparisons"]
+    command = [
+        sys.executable, "-m", "agr_hf", "compare", str(script), "--optim", "adamw", "helps", "--seeds", "8",
+        "--output", str(tmp_path / "out"), "--workers", "2", "--", "--trace", str(tmp_path / "trace"),
+    ]  # fmt: skip
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    tables = [out[out.index("# script.py") :] for out in said]
+    assert tables[0] == tables[1]
+    assert all(", seed-" in out for out in said)  # each took some
     assert len(trace(script)) == len(set(trace(script))) == 16
+
+
+@pytest.mark.postgres
+def test_two_machines_share_the_runs_through_a_database(script, tmp_path, postgres):
+    def command(name):
+        return [
+            sys.executable, "-m", "agr_hf", "compare", str(script), "--optim", "adamw", "helps", "--seeds", "8",
+            "--output", str(tmp_path / name), "--storage", postgres, "--", "--trace", str(tmp_path / "trace"),
+        ]  # fmt: skip
+
+    processes = [subprocess.Popen(command(name), stdout=subprocess.PIPE, text=True) for name in ("one", "other")]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    # Each has the files of its own runs, and both have the numbers of all.
+    done = [len(list((tmp_path / name).glob("runs/*/*/results.json"))) for name in ("one", "other")]
+    assert sum(done) == 16
+    assert min(done) > 0
+    tables = [json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("one", "other")]
+    assert tables[0]["comparisons"] == tables[1]["comparisons"]
+    assert tables[0]["comparisons"][0]["n"] == 8
+    assert len(trace(script)) == len(set(trace(script))) == 16
+
+
+def test_a_search_tunes_each_optimizer_with_seeds_of_its_own(script, tmp_path):
+    own = ["--trace", str(script.with_name("trace"))]
+    comparison = plan_comparison(str(script), ["adamw", "helps"], 2, [], 0.2, None, own, ["scale=0.1..1000"], 5)
+    found = compare(comparison, tmp_path / "out", workers=2)
+    tuned = found["search"]["tuned"]
+    lines = [line.split() for line in trace(script)]
+    for name in ("adamw", "helps"):
+        trials = [float(scale) for optimizer, seed, scale in lines if optimizer == name and seed == "1000000"]
+        assert len(trials) == 5
+        # The loss of the script is least at a scale of 1.
+        best = min(trials, key=lambda scale: abs(math.log(scale)))
+        assert tuned[name]["scale"] == best
+        assert {float(scale) for optimizer, seed, scale in lines if optimizer == name and seed != "1000000"} == {best}
+    assert len(lines) == 2 * (5 + 2)
+    compare(comparison, tmp_path / "out")  # repeats nothing
+    assert len(trace(script)) == len(lines)
+    with pytest.raises(ValueError, match="and 5 trials of scale"):
+        compare(plan(script, "adamw", "helps"), tmp_path / "out")
+
+
+def test_a_search_over_choices_tries_each_once(script, tmp_path):
+    own = ["--trace", str(script.with_name("trace"))]
+    comparison = plan_comparison(str(script), ["adamw", "helps"], 1, [], 0.2, None, own, ["scale=10,1,0.1"], 3)
+    assert compare(comparison, tmp_path / "out")["search"]["tuned"] == {n: {"scale": 1.0} for n in ("adamw", "helps")}
+    assert len(trace(script)) == 2 * (3 + 1)
+
+
+OPTIMIZER = """
+import torch
+
+class Halved(torch.optim.SGD):
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, *, factor: float = 0.5):
+        super().__init__(params, lr=lr * factor, weight_decay=weight_decay)
+"""
+
+
+def test_an_optimizer_of_another_package_trains_through_the_scripts(tmp_path, monkeypatch):
+    (tmp_path / "others.py").write_text(OPTIMIZER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [
+        sys.executable, "-m", "agr_hf", "compare", "images", "--optim", "others:Halved,factor=0.25", "sgd", "--seeds", "1",
+        "--output", str(tmp_path / "out"), "--", "--model_name", "mlp", "--max_train_samples", "64",
+        "--num_train_epochs", "1", "--save_strategy", "no", "--learning_rate", "0.1",
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    runs = tmp_path / "out" / "runs"
+    results = json.loads((runs / "others.Halved,factor=0.25" / "seed-0" / "results.json").read_text())
+    assert results["optimizer"] == "others:Halved"
+    assert results["optimizer_groups"][0]["lr"] == 0.1 * 0.25
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "SGD against Halved, factor=0.25, accuracy" in page
 
 
 def test_a_run_that_diverges_is_a_result(script, tmp_path):
@@ -141,6 +214,9 @@ def test_more_seeds_join_and_another_comparison_is_refused(script, tmp_path):
         ({"arguments": ["--seed=3"]}, "cannot stand behind --"),
         ({"settings": ["scale"]}, "must be ARGUMENT=VALUE"),
         ({"settings": ["scale=a/b"]}, "cannot hold a /"),
+        ({"search": ["scale=1..2"]}, "--search and --trials go together"),
+        ({"search": ["scale=2..1"], "trials": 3}, "ARGUMENT=LOW..HIGH with LOW < HIGH"),
+        ({"search": ["scale=1"], "trials": 3}, "or ARGUMENT=A,B,..."),
         ({"task": "nothing"}, "no task and no script 'nothing'; tasks are images"),
     ],
 )

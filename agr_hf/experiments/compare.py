@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shlex
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,8 +25,9 @@ from typing import Any
 from agr_hf.environment import environment
 from agr_hf.experiments.paired import Paired, bootstrap_interval, compare_paired, give_verdicts
 from agr_hf.experiments.processes import ScriptRun
+from agr_hf.experiments.report import write_reports
 from agr_hf.experiments.rerun import script_path
-from agr_hf.experiments.trials import BEAT, Range, Taken, Trials, open_storage
+from agr_hf.experiments.trials import BEAT, Range, Taken, Trials, Worker, open_storage
 from agr_hf.files import write_text
 from agr_hf.tasks.runs import lower_is_better, plain
 
@@ -91,14 +92,13 @@ class Comparison:
             found |= {"search": [asdict(of) for of in self.ranges], "trials": self.trials}
         return found
 
-    def trials_of(self, storage: Any, cell: Cell | None = None) -> Trials:
+    def trials_of(self, storage: Any, worker: Worker, cell: Cell | None = None) -> Trials:
         """The queue of runs; of a cell, its search."""
         digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
         study = "runs" if cell is None else f"search, {cell.name}"
-        metric = self.objective
         ranges, budget = ((), 0) if cell is None else (self.ranges, self.trials)
         return Trials(
-            storage, f"{self.script.stem} {digest}: {study}", maximize=bool(metric) and not lower_is_better(metric or ""),
+            storage, worker, f"{self.script.stem} {digest}: {study}", maximize=not lower_is_better(self.objective),
             ranges=ranges, budget=budget,
         )  # fmt: skip
 
@@ -159,7 +159,7 @@ def compare(
     storage: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Take the runs that are not done, then write `comparison.json` and `report.md` under `output`; returns the first.
+    """Take the runs that are not done, then write `comparison.json`, `report.html` and `report.md`; returns the first.
 
     A run that was stopped goes on from its checkpoint, where the script has one. Runs that another command has in hand are
     waited for.
@@ -178,27 +178,38 @@ def compare(
     _claim(comparison, output)
     database = open_storage(storage or f"sqlite:///{(output / 'trials.db').resolve()}")
     total = len(comparison.cells) * (comparison.seeds + comparison.trials)
-    pool = _Pool(comparison, output, workers, _Progress(workers, say))
-    searches = [comparison.trials_of(database, cell) for cell in comparison.cells] if comparison.ranges else []
-    for cell, search in zip(comparison.cells, searches, strict=False):
-        search.add_grid()
-        pool.work(search, output / "tuning" / cell.name, cell)
-    if pool.failed:
-        raise RuntimeError(f"{len(pool.failed)} runs of the search failed: {'; '.join(pool.failed)}")
-    tuned = {cell.name: search.best() for cell, search in zip(comparison.cells, searches, strict=False)}
-    queue = comparison.trials_of(database)
-    # A seed after the other: a comparison that is looked at early has pairs.
-    queue.add({
-        f"{cell.name}/seed-{seed}": {"optim": cell.optim, "arguments": words_of(cell, tuned.get(cell.name, {}), seed)}
-        for seed, cell in product(range(comparison.seeds), comparison.cells)
-    })  # fmt: skip
-    pool.work(queue, output / "runs")
+    worker, pool = Worker(output), _Pool(comparison, output, workers, _Progress(workers, say))
+    try:
+        tuned = _search(comparison, output, database, worker, pool)
+        queue = comparison.trials_of(database, worker)
+        # A seed after the other: a comparison that is looked at early has pairs.
+        queue.add({
+            f"{cell.name}/seed-{seed}": {"optim": cell.optim, "arguments": words_of(cell, tuned.get(cell.name, {}), seed)}
+            for seed, cell in product(range(comparison.seeds), comparison.cells)
+        })  # fmt: skip
+        pool.work(queue, output / "runs")
+    finally:
+        worker.end()
     found = summarize(comparison, queue.metrics(), tuned)
     write_text(output / "comparison.json", json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
-    write_text(output / "report.md", report(found))
+    write_reports([output])
     if pool.failed:
         raise RuntimeError(f"{len(pool.failed)} of {total} runs failed: {'; '.join(pool.failed)}")
     return found
+
+
+def _search(
+    comparison: Comparison, output: Path, database: Any, worker: Worker, pool: _Pool
+) -> dict[str, dict[str, float]]:
+    """The best arguments for each cell, by as many trials for each; nothing where there is no search."""
+    searches = {}
+    for cell in comparison.cells if comparison.ranges else ():
+        searches[cell.name] = comparison.trials_of(database, worker, cell)
+        searches[cell.name].add_grid()
+        pool.work(searches[cell.name], output / "tuning" / cell.name, cell)
+    if pool.failed:
+        raise RuntimeError(f"{len(pool.failed)} runs of the search failed: {'; '.join(pool.failed)}")
+    return {name: search.best() for name, search in searches.items()}
 
 
 def words_of(cell: Cell, searched: Mapping[str, float], seed: int) -> list[str]:
@@ -261,25 +272,40 @@ class _Pool:
     def work(self, trials: Trials, folder: Path, cell: Cell | None = None) -> None:
         """Take trials until none is left, here or in the hands of others; those of a search are all of one cell."""
         running: dict[BaseProcess, tuple[Taken, ScriptRun, float]] = {}
+        in_hand: set[Taken] = set()
+        over = threading.Event()
+
+        def beat() -> None:
+            # Apart, for the start of a process may take long: it loads what the scripts need.
+            while not over.wait(BEAT):
+                for taken in tuple(in_hand):
+                    taken.beat()
+
+        beats = threading.Thread(target=beat, daemon=True)
+        beats.start()
         try:
             while True:
                 while len(running) < self._workers and (taken := trials.take()):
+                    in_hand.add(taken)
                     process, run = self._start(taken, folder, cell)
                     running[process] = (taken, run, time.monotonic())
                 if not running and not trials.in_hand():
                     return
-                if not wait([process.sentinel for process in running], timeout=BEAT) and not running:
+                if not running:
                     time.sleep(1)  # others have the last runs in hand
+                wait([process.sentinel for process in running], timeout=BEAT)
                 for process, (taken, run, start) in list(running.items()):
-                    if process.is_alive():
-                        taken.beat()
-                    else:
+                    if not process.is_alive():
                         del running[process]
                         self._end(process, taken, run, time.monotonic() - start, trials)
+                        in_hand.remove(taken)
         finally:
-            for process, (taken, _, _) in running.items():  # Ctrl-C: the scripts end with their workers
+            over.set()
+            beats.join()
+            for process in running:  # Ctrl-C: the scripts end with their workers
                 process.terminate()
                 process.join()
+            for taken in in_hand:
                 taken.give_back()
 
     def _end(self, process: BaseProcess, taken: Taken, run: ScriptRun, seconds: float, trials: Trials) -> None:
@@ -321,7 +347,8 @@ def summarize(
         cell: {seed: found.get(f"{cell.name}/seed-{seed}") for seed in range(comparison.seeds)}
         for cell in comparison.cells
     }
-    keys = dict.fromkeys(key for runs in metrics.values() for found in runs.values() if found for key in found)
+    keys = list(dict.fromkeys(key for runs in metrics.values() for found in runs.values() if found for key in found))
+    keys.sort(key=lambda key: key != comparison.objective)
     rows: list[tuple[dict[str, Any], Paired]] = []
     diverged: list[str] = []
     for cell in comparison.cells:
@@ -358,37 +385,13 @@ def summarize(
         "script": comparison.script.name,
         "arguments": list(comparison.arguments),
         "margin": comparison.margin,
+        "seeds": comparison.seeds,
+        "cells": [
+            {"optimizer": cell.optimizer, "settings": dict(cell.settings), "folder": cell.name}
+            for cell in comparison.cells
+        ],
         "search": {**comparison.identity, "tuned": tuned} if tuned else None,
         "diverged": diverged,
         "comparisons": [{**head, **asdict(paired)} for (head, _), paired in zip(rows, verdicts, strict=True)],
         **environment(),
     }
-
-
-def report(found: Mapping[str, Any]) -> str:
-    """The comparison as Markdown."""
-    lines = [
-        f"# {found['script']}: paired over seeds",
-        "",
-        f"`{shlex.join([found['script'], *found['arguments']])}`",
-        "",
-        "Differences are within each seed (the same initial weights, data and order), and positive where the optimizer is "
-        "better than the baseline; 95% intervals by Student's t. Verdicts hold at 5% for the whole table (Holm). The margin "
-        f"is {found['margin']:g} points for metrics in percent, and {found['margin']:g}% of the baseline's mean for others.",
-        "",
-        "| optimizer | baseline | metric | n | optimizer's mean | baseline's mean | difference | 95% interval | verdict |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in found["comparisons"]:
-        settings = "".join(f", {key}={value}" for key, value in row["settings"].items())
-        means = [f"{statistics.mean(row[key]):.4g}{row['unit']}" for key in ("values", "baseline_values")]
-        interval = "–" if row["n"] < 2 or math.isnan(row["low"]) else f"{row['low']:+.3g} to {row['high']:+.3g}"
-        cells = [
-            row["optimizer"] + settings, row["baseline"], row["metric"], str(row["n"]), *means,
-            f"{row['difference']:+.3g}", interval, row["verdict"],
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    if found["diverged"]:
-        lines += ["", f"Not finite at the end, and in no pair: {'; '.join(found['diverged'])}."]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return "\n".join([*lines, "", f"{found['device']}; {versions}", ""])

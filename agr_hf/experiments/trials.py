@@ -4,47 +4,58 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
-# A worker says every few seconds that it lives. The runs of one that has been silent for longer are taken by others.
-BEAT, SILENT = 3, 20
+# A worker says every few seconds that it lives. The runs of one that has been silent for longer are taken by others: it may
+# be on another machine, where nobody can look.
+BEAT, SILENT = 5, 60
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def open_storage(url: str) -> RDBStorage:
-    """A database of trials, by SQLAlchemy's URL, such as `sqlite:///trials.db` or `postgresql://user@host/name`.
+    """A database of trials, by SQLAlchemy's URL, such as `sqlite:///trials.db` or `postgresql+psycopg2://user@host/name`.
 
     Raises:
         ValueError: it cannot be opened; the message has no password.
     """
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
     timeout = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the heartbeat is experimental, and its callback gets another name
-            return RDBStorage(
-                url, engine_kwargs=timeout, heartbeat_interval=BEAT, grace_period=SILENT,
-                failed_trial_callback=RetryFailedTrialCallback(),
-            )  # fmt: skip
-    except (SQLAlchemyError, ImportError) as error:
+    for attempt in range(5):
         try:
-            shown = make_url(url).render_as_string(hide_password=True)
-        except SQLAlchemyError:
-            shown = "the URL"
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--storage: {shown} cannot be opened: {reason}") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the heartbeat is experimental, and its callback gets another name
+                return RDBStorage(
+                    url, engine_kwargs=timeout, heartbeat_interval=BEAT, grace_period=SILENT,
+                    failed_trial_callback=RetryFailedTrialCallback(),
+                )  # fmt: skip
+        except (SQLAlchemyError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            if not (isinstance(error, IntegrityError) or "already exists" in reason) or attempt == 4:
+                break
+            time.sleep(1)  # another command makes the tables at this moment
+    try:
+        shown = make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        shown = "the URL"
+    raise ValueError(f"--storage: {shown} cannot be opened: {reason}")
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,36 @@ class Range:
         return trial.suggest_float(self.argument, self.low, self.high, log=self.low > 0 and self.high / self.low >= 10)
 
 
+class Worker:
+    """This command as others on this disk see it: alive as long as it holds the lock of its file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.name = folder, f"worker-{uuid.uuid4().hex}.lock"
+        self._lock = FileLock(folder / self.name)
+        self._lock.acquire()
+
+    def is_dead(self, name: str) -> bool:
+        """Whether a worker of this folder ended, and left its file. False for those of other disks."""
+        path = self._folder / name
+        if name == self.name or not path.exists():
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return True
+        except Timeout:
+            return False
+
+    def end(self) -> None:
+        self._lock.release()
+        (self._folder / self.name).unlink(missing_ok=True)
+
+
 class Trials:
     """One study: a queue of named runs, or a search with a number of trials.
 
     Args:
         storage: from `open_storage`.
+        worker: that takes the trials.
         name: of the study.
         maximize: whether a large value is a good one.
         ranges: of a search; empty for a queue.
@@ -99,9 +135,22 @@ class Trials:
     """
 
     def __init__(
-        self, storage: RDBStorage, name: str, *, maximize: bool, ranges: Sequence[Range] = (), budget: int = 0
+        self,
+        storage: RDBStorage,
+        worker: Worker,
+        name: str,
+        *,
+        maximize: bool,
+        ranges: Sequence[Range] = (),
+        budget: int = 0,
     ) -> None:
-        self._storage, self._maximize, self._ranges, self._budget = storage, maximize, ranges, budget
+        self._storage, self._worker, self._maximize, self._ranges, self._budget = (
+            storage,
+            worker,
+            maximize,
+            ranges,
+            budget,
+        )
         self.failed = 0  # here, by the script's own fault
         with warnings.catch_warnings():
             # Workers on many trials at once: TPE then takes those in hand for bad ones, and looks elsewhere.
@@ -134,7 +183,23 @@ class Trials:
                 "ignore"
             )  # experimental, and known from Study.optimize; here runs are asked for one by one
             fail_stale_trials(self._study)
+            self._take_from_the_dead()
             return self._take()
+
+    def _take_from_the_dead(self) -> None:
+        """Queue again what workers had in hand that are known to have ended, or that ended before they said who they are."""
+        for trial in self._trials():
+            if trial.state != TrialState.RUNNING:
+                continue
+            worker, began = trial.user_attrs.get("worker"), trial.datetime_start
+            nobody = worker is None and began is not None and (datetime.now() - began).total_seconds() > SILENT
+            if nobody or (worker and self._worker.is_dead(worker)):
+                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self.put_back(trial.params, trial.user_attrs)
+
+    def put_back(self, params: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        """Queue a run again that was stopped on the way."""
+        self._study.enqueue_trial(dict(params), user_attrs={k: v for k, v in known.items() if k != "worker"})
 
     def _take(self) -> Taken | None:
         while True:
@@ -147,10 +212,13 @@ class Trials:
             searched = {of.argument: of.suggest(trial) for of in self._ranges}
             run = trial.user_attrs.get("run") or (f"trial-{trial.number}" if self._ranges else None)
             if run and not self._is_taken(run, trial.number):
+                trial.set_user_attr("worker", self._worker.name)
                 trial.set_user_attr("run", run)
                 study = self._storage.get_study_id_from_name(self._study.study_name)
                 identity = self._storage.get_trial_id_from_study_id_trial_number(study, trial.number)
-                return Taken(self, trial, identity, run, searched)
+                taken = Taken(self, trial, identity, run, searched)
+                taken.beat()
+                return taken
             # Two commands have queued the same run, or one was faster to take the last one that waited.
             self._study.tell(trial.number, state=TrialState.PRUNED)
 
@@ -180,7 +248,7 @@ class Trials:
         return self._study.get_trials(deepcopy=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Taken:
     """A trial in hand.
 
@@ -201,9 +269,11 @@ class Taken:
 
     def finish(self, metrics: Mapping[str, Any], value: float | None) -> None:
         """Keep what came out; a value of None, of a run that diverged, is the worst there is."""
-        self.trial.set_user_attr("metrics", dict(metrics))
         worst = -math.inf if self.trials._maximize else math.inf
-        self._tell(values=worst if value is None else value)
+        # A worker that was silent for long, asleep with its machine, comes back to a trial that others have taken over.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self.trial.set_user_attr("metrics", dict(metrics))
+            self._tell(values=worst if value is None else value)
 
     def fail(self) -> None:
         """It has no result, and is not taken again before it is queued again."""
@@ -213,8 +283,7 @@ class Taken:
     def give_back(self) -> None:
         """Queue it again: it was stopped on the way."""
         self._tell(state=TrialState.FAIL)
-        self.trials._study.enqueue_trial(self.trial.params, user_attrs=self.trial.user_attrs)
+        self.trials.put_back(self.trial.params, self.trial.user_attrs)
 
     def _tell(self, **outcome: Any) -> None:
-        # A worker that was silent for long, asleep with its machine, may come back to a trial that others took over.
         self.trials._study.tell(self.trial.number, skip_if_finished=True, **outcome)

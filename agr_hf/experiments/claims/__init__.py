@@ -24,7 +24,7 @@ __all__ = ["CLAIMS", "SIZES", "VERDICTS", "Claim", "Finding", "Setting", "claims
 _ORDER = """
     agr-norm agr-jacobian agr-smaller-rate agr-cost agr-lognormal agr-ddpm agr-digits agr-cifar agr-tiny-imagenet
     agr-albert agr-suspended agr-faster-smoother adal-functions adal-accuracy adal-loss adal-norms-fall adal-noise
-    adal-regret rule scope
+    adal-regret adal-vit rule scope
 """.split()
 _ALL = {claim.name: claim for module in (theory, gradients, cost, training) for claim in module.CLAIMS}
 CLAIMS: dict[str, Claim] = {name: _ALL.pop(name) for name in _ORDER}

@@ -64,16 +64,11 @@ def measure_jacobian(setting: Setting) -> dict[str, Any]:
     rows = []
     for n in setting.options["sizes"]:
         grad = LAWS["one large"](n, torch.Generator())
-        # By differences too: the formula is not to be trusted on its own word.
-        step = 1e-6
-        moves = step * torch.eye(n, dtype=torch.float64)
-        columns = [(agr((grad + move)[None]) - agr((grad - move)[None]))[0] / (2 * step) for move in moves]
-        by_differences = torch.stack(columns, dim=1)
         jacobian = psi_jacobian(grad)
         rows.append({
             "elements": n,
             "spectral": float(torch.linalg.matrix_norm(jacobian, 2)),
-            "spectral_by_differences": float(torch.linalg.matrix_norm(by_differences, 2)),
+            "spectral_by_differences": _spectral_by_differences(grad) if n <= 256 else None,
             "frobenius": float(jacobian.norm()),
             "hessian_spectral": 1.0,
             "hessian_frobenius": math.sqrt(n),
@@ -87,10 +82,18 @@ def measure_jacobian(setting: Setting) -> dict[str, Any]:
             "share_above_one_of_100_elements": larger}  # fmt: skip
 
 
+def _spectral_by_differences(grad: Tensor, step: float = 1e-6) -> float:
+    """The norm of Psi's derivative from `agr` itself: the formula is not to be trusted on its own word."""
+    moves = step * torch.eye(len(grad), dtype=torch.float64)
+    columns = [(agr((grad + move)[None]) - agr((grad - move)[None]))[0] / (2 * step) for move in moves]
+    return float(torch.linalg.matrix_norm(torch.stack(columns, dim=1), 2))
+
+
 def judge_jacobian(found: Mapping[str, Any]) -> Finding:
     worst = max(found["rows"], key=lambda row: row["spectral"])
-    agree = all(math.isclose(row["spectral"], row["spectral_by_differences"], rel_tol=1e-4) for row in found["rows"])
-    counter = agree and worst["spectral"] > 1 and worst["frobenius"] > worst["hessian_frobenius"]
+    checked = [row for row in found["rows"] if row["spectral_by_differences"] is not None]
+    agree = all(math.isclose(row["spectral"], row["spectral_by_differences"], rel_tol=1e-4) for row in checked)
+    counter = bool(checked) and agree and worst["spectral"] > 1 and worst["frobenius"] > worst["hessian_frobenius"]
     effect = (
         f"counter-example: loss ‖w‖²/2, {worst['elements']} weights, one with half of the l1 norm: "
         f"‖∇Ψ‖₂ = {worst['spectral']:.2f} > ‖∇²L‖₂ = 1, "

@@ -1,0 +1,276 @@
+"""`agr-hf report`: comparisons as one HTML page that needs nothing else, and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from agr_hf.experiments.charts import Interval, Series, draw_curves, draw_intervals, sample
+from agr_hf.files import write_text
+from agr_hf.optim.registry import OPTIMIZERS
+from agr_hf.tasks.runs import lower_is_better
+
+LAYERS = 20  # shown, of those with the largest effect
+
+
+def write_reports(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
+    """Write `report.html` and `report.md` over comparisons; returns their paths.
+
+    Args:
+        folders: of `agr-hf compare`.
+        output: folder for the files; that of the first comparison by default.
+
+    Raises:
+        ValueError: a folder holds no finished comparison.
+    """
+    parts = [read_comparison(folder) for folder in folders]
+    output = output or folders[0]
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / "report.html", output / "report.md"]
+    write_text(paths[0], html_report(parts))
+    write_text(paths[1], "\n".join(map(markdown_report, parts)))
+    return paths
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """`comparison.json` of a folder, with the results of its runs under "runs", by optimizer.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+        found["comparisons"], found["cells"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no finished comparison of agr-hf compare ({error})") from None
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for cell in found["cells"]:
+        for path in sorted((folder / "runs" / cell["folder"]).glob("seed-*/results.json")):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(run, dict):
+                runs.setdefault(label(cell), []).append(run)
+    return {**found, "name": folder.resolve().name, "runs": runs}
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """An optimizer as readers see it: its title, its options and settings."""
+    name, _, options = row["optimizer"].partition(",")
+    title = OPTIMIZERS[name].title if name in OPTIMIZERS else name.rpartition(":")[2]
+    more = [*options.split(",")] * bool(options) + [f"{key}={value}" for key, value in row["settings"].items()]
+    return ", ".join([title, *more])
+
+
+def markdown_report(found: Mapping[str, Any]) -> str:
+    """One comparison as Markdown: the verdicts first."""
+    lines = [
+        f"# {found['script']}: paired over seeds", "", *[f"- {text}" for text in sentences(found)], "", method(found), "",
+        f"`{shlex.join([found['script'], *found['arguments']])}`", "",
+        "| optimizer | baseline | metric | n | optimizer's mean | baseline's mean | difference | 95% interval | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in found["comparisons"]:
+        own, other = (f"{statistics.mean(row[key]):.4g}{row['unit']}" for key in ("values", "baseline_values"))
+        cells = [label(row), label(baseline_of(row)), row["metric"], str(row["n"]), own, other, f"{row['difference']:+.3g}",
+                 interval_words(row), row["verdict"]]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    if found["diverged"]:
+        lines += ["", f"Not finite at the end, and in no pair: {'; '.join(found['diverged'])}."]
+    lines += ["", *[f"- {key}: {value}" for key, value in conditions(found)], ""]
+    return "\n".join(lines)
+
+
+def baseline_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"optimizer": row["baseline"], "settings": row["settings"]}
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """A verdict in words for each comparison."""
+    return [
+        f"{label(row)} against {label(baseline_of(row))}, {words(row['metric'])}: {row['verdict']}. Mean difference "
+        f"{row['difference']:+.3g}{' points' if row['unit'] else ''}, 95% interval {interval_words(row)}, {row['n']} seeds."
+        for row in found["comparisons"]
+    ]
+
+
+def words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def interval_words(row: Mapping[str, Any]) -> str:
+    if row["low"] is None or math.isnan(row["low"]):
+        return "none"
+    return f"{row['low']:+.3g} to {row['high']:+.3g}"
+
+
+def method(found: Mapping[str, Any]) -> str:
+    """How the numbers came about, for readers of the report."""
+    return (
+        "Differences are within each seed (the same initial weights, data and order), and positive where the optimizer is "
+        "better than the baseline; 95% intervals by Student's t. Verdicts hold at 5% for the whole table (Holm). The margin "
+        f"is {found['margin']:g} points for metrics in percent, and {found['margin']:g}% of the baseline's mean for others."
+    )
+
+
+def conditions(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = shlex.join(dict.fromkeys(cell["optimizer"] for cell in found["cells"]))
+    settings = [f"--set {key}" for key in dict.fromkeys(key for cell in found["cells"] for key in cell["settings"])]
+    search = found.get("search") or {"trials": 0, "tuned": {}}
+    chosen = [f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in of.items())}" for name, of in search["tuned"].items()]
+    rows = {
+        "command": f"agr-hf compare {' '.join([found['task'], '--optim', names, *settings])} --seeds {found['seeds']} "
+        f"-- {shlex.join(found['arguments'])}",
+        "search": chosen
+        and f"{search['trials']} trials for each optimizer, with a seed of their own; {'; '.join(chosen)}",
+        "device": f"{found['device']}, {found['cpu_cores']} cores",
+        "system": found["system"],
+        "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+    }
+    return [(key, str(value)) for key, value in rows.items() if value]
+
+
+def html_report(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Comparisons as one page: no script, no network, light and dark."""
+    from jinja2 import Environment, StrictUndefined
+
+    text = files("agr_hf.experiments").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
+    title = "Does it help? " + ", ".join(dict.fromkeys(found["script"] for found in parts)) + ", paired over seeds"
+    return template.render(title=title, parts=[_part(found) for found in parts]) + "\n"
+
+
+def _part(found: Mapping[str, Any]) -> dict[str, Any]:
+    curves = _curves(found)
+    layers_of, layers = _layers(found)
+    target, costs = _costs(found)
+    return {
+        "name": found["name"],
+        "sentences": sentences(found),
+        "method": method(found),
+        "intervals": _intervals(found),
+        "rows": [_row(row) for row in found["comparisons"]],
+        "diverged": found["diverged"],
+        "legend": [{"label": name, "sample": sample(i)} for i, name in enumerate(found["runs"])],
+        "curves": curves,
+        "costs": costs,
+        "target": target,
+        "layers": layers,
+        "layers_of": layers_of,
+        "conditions": conditions(found),
+    }
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    own, other = (_spread(row[key]) + row["unit"] for key in ("values", "baseline_values"))
+    return {
+        "optimizer": label(row), "metric": words(row["metric"]), "n": str(row["n"]), "mean": own, "baseline": other,
+        "difference": f"{row['difference']:+.3g}", "interval": interval_words(row), "verdict": row["verdict"],
+    }  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.4g}"
+    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
+def _intervals(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A chart for each metric, so that what stands on one scale has one unit."""
+    charts = []
+    for metric in dict.fromkeys(row["metric"] for row in found["comparisons"]):
+        rows = [row for row in found["comparisons"] if row["metric"] == metric]
+        drawn = []
+        for row in rows:
+            sign = -1 if row["lower_is_better"] else 1
+            single = [sign * (a - b) for a, b in zip(row["values"], row["baseline_values"], strict=True)]
+            low, high = (math.nan if row[end] is None else row[end] for end in ("low", "high"))
+            name = f"{label(row)} less {label(baseline_of(row))}"
+            drawn.append(Interval(name, row["difference"], low, high, single))
+        title = (
+            f"{words(metric)}{', points' if rows[0]['unit'] else ''}: dot and bar are the mean and its 95% interval, "
+            "ticks the seeds, the shaded band the margin"
+        )
+        charts.append({"title": title, "svg": draw_intervals(drawn, max(row["margin"] for row in rows), words(metric))})
+    return charts
+
+
+def _curves(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Training and test curves: a chart for each number that every epoch of every run has."""
+    runs = {name: [run["epochs"] for run in of if run.get("epochs")] for name, of in found["runs"].items()}
+    runs = {name: of for name, of in runs.items() if of}
+    keys = (
+        [k for k, v in next(iter(runs.values()))[0][0].items() if k not in ("epoch", "step") and _number(v)]
+        if runs
+        else []
+    )
+    charts = []
+    for key in keys:
+        series = []
+        for name, of in runs.items():
+            columns = zip(*[[(e["epoch"], e.get(key)) for e in epochs] for epochs in of], strict=False)
+            points = []
+            for column in columns:
+                values = [value for _, value in column if _number(value)]
+                if values:
+                    middle, wide = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+                    points.append((float(column[0][0]), middle, middle - wide, middle + wide))
+            if len(points) > 1:
+                series.append(Series(name, points))
+        if series:
+            title = words(key) + (" (training)" if key.startswith("train") else " (test)")
+            charts.append({"title": title, "svg": draw_curves(series, title, "epoch")})
+    return charts
+
+
+def _costs(found: Mapping[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    """Time and memory; and the time to what the baseline ends with on average, by the first metric of the table."""
+    first = found["comparisons"][0] if found["comparisons"] else None
+    key, target = (first["metric"], statistics.fmean(first["baseline_values"])) if first else ("", math.nan)
+    scale, lower = (100.0 if "accuracy" in key else 1.0), lower_is_better(key)
+    rows = []
+    for name, runs in found["runs"].items():
+        if not any(_number(run.get("seconds")) for run in runs):
+            continue
+        seconds = [run["seconds"] for run in runs if _number(run.get("seconds"))]
+        steps = [
+            run["epochs"][-1]["step"] for run in runs if run.get("epochs") and _number(run["epochs"][-1].get("step"))
+        ]
+        memory = [run["peak_memory_bytes"] for run in runs if _number(run.get("peak_memory_bytes"))]
+        reached = []
+        for run in runs:
+            for epoch in run.get("epochs") or []:
+                value = epoch.get(key)
+                if _number(value) and (scale * value <= target if lower else scale * value >= target):
+                    reached.append(run["seconds"] * epoch["epoch"] / run["epochs"][-1]["epoch"])
+                    break
+        rows.append({
+            "optimizer": name, "runs": str(len(runs)), "seconds": f"{statistics.median(seconds):.3g}",
+            "step": f"{1000 * statistics.median(seconds) / statistics.median(steps):.3g}" if steps else "–",
+            "memory": f"{statistics.median(memory) / 2**20:,.0f} MiB" if memory else "–",
+            "reached": f"{len(reached)} of {len(runs)}",
+            "target_seconds": f"{statistics.median(reached):.3g}" if reached else "–",
+        })  # fmt: skip
+    shown = f"the baseline's mean {words(key)} at the end, {target:.4g}{'%' if scale == 100.0 else ''}" if first else ""
+    return shown, rows
+
+
+def _layers(found: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The first optimizer whose runs measured the gradients, and the largest effects by layer."""
+    for name, runs in found["runs"].items():
+        effects: dict[str, list[float]] = {}
+        for run in runs:
+            for layer, of in ((run.get("gradients") or {}).get("layers") or {}).items():
+                if _number(of.get("effect")):
+                    effects.setdefault(layer, []).append(of["effect"])
+        if effects:
+            means = sorted(((statistics.fmean(values), layer) for layer, values in effects.items()), reverse=True)
+            return name, [(layer, f"{mean:.1e}") for mean, layer in means[:LAYERS]]
+    return "", []
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
