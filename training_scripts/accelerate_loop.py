@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from agr_hf import create_optimizer, list_optimizers
-from agr_hf.errors import UserError
 from agr_hf.integrations.accelerate import (
     Progress,
     batches_of_epoch,
@@ -73,7 +72,7 @@ def main(argv=None):
     )
     check_launch(accelerator)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
+        raise ValueError(
             f"this loop averages whole weights, and does not run under {accelerator.distributed_type.value}; start it with "
             "DDP, or train sharded models with Trainer, as train_image_classifier.py does"
         )

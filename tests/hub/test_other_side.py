@@ -227,6 +227,15 @@ def test_arguments_that_say_what_is_trained_become_words_for_the_script():
         assert rerun.published_arguments(published(script, {})) == []
 
 
+@pytest.mark.parametrize(
+    "name", ["--hub_token", "--hub-token", "--hub_tok", "--push_to_hub_token", "--push-to-hub-tok"]
+)
+def test_a_token_is_left_out_however_its_argument_is_written(name):
+    rest = ["--push_to_hub", "true", "--seed", "1"]
+    assert rerun.without_token_arguments([name, "secret", *rest]) == rest
+    assert rerun.without_token_arguments([f"{name}=secret", *rest]) == rest
+
+
 def test_a_token_behind_the_dashes_is_not_printed(capfd, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
     rerun.run_script("train_albert.py", ["--seed", "1", "--hub-token", "secret", "--x", "hf_" + "a" * 34])

@@ -152,6 +152,8 @@ def test_recipes_are_defaults_that_the_command_line_wins_over(script, tmp_path):
     assert (args.optim.value, args.num_train_epochs, args.learning_rate) == ("adamw", 1, 1e-4)
     _, data, _, args = parse(script, [*base, "--recipe", "albert-base"])
     assert (data.max_seq_length, args.optim.value, args.weight_decay) == (512, "adamw", 0.01)
+    *_, args = parse(script, [*base, "--recipe", "albert-base", "--lr_milestones", "5"])
+    assert (args.lr_scheduler_type, args.warmup_steps) == ("constant", 0)  # the milestones are all the schedule
 
 
 def test_albert_base_has_the_published_number_of_parameters(script, tmp_path):
