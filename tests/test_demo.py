@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from agr_hf.cli import main
 from agr_hf.tasks.digits import load_digits
+from agr_hf.tasks.record import read_record
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,10 @@ def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     assert main(["demo", "--output", str(folder), "--seeds", "2", "--epochs", "4"]) == 0
     return folder
+
+
+def records(folder):
+    return [read_record(json.dumps(run).encode()) for run in json.loads((folder / "results.json").read_text())["runs"]]
 
 
 def test_every_file_is_there_and_no_other(output):
@@ -35,23 +40,23 @@ def test_every_file_is_there_and_no_other(output):
 
 
 def test_all_three_optimizers_learn(output):
-    results = json.loads((output / "results.json").read_text())
-    assert [(run["optimizer"], run["seed"]) for run in results["runs"]] == [
+    runs = records(output)
+    assert [(run.optimizer, run.seed) for run in runs] == [
         (name, seed) for name in ("adamw", "agr_adamw", "adal") for seed in (0, 1)
     ]
-    for run in results["runs"]:
-        assert run["test_accuracy"] > 0.3  # chance is 0.1; four epochs are few
-        assert len(run["curve"]) == 4
-        assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]
-    assert results["versions"]["torch"] == importlib.metadata.version("torch")
+    for run in runs:
+        assert run.metrics["test_accuracy"] > 0.3  # chance is 0.1; four epochs are few
+        assert len(run.epochs) == 4
+        assert run.epochs[-1]["train_loss"] < run.epochs[0]["train_loss"]
+        assert run.versions["torch"] == importlib.metadata.version("torch")
 
 
 def test_effects_are_measured_for_agr_and_only_where_it_applies(output):
-    runs = json.loads((output / "results.json").read_text())["runs"]
-    for run in runs:
-        assert bool(run["effects"]) == (run["optimizer"] == "agr_adamw")
-        assert all(0 < effect < 1 for effects in run["effects"].values() for effect in effects)
-        assert not any("bias" in name or "layernorm" in name for name in run["effects"])
+    for run in records(output):
+        layers = run.gradients.get("layers", {})
+        assert bool(layers) == (run.optimizer == "agr_adamw")
+        assert all(0 < layer["effect"] < 1 for layer in layers.values())
+        assert not any("bias" in name or "layernorm" in name for name in layers)
 
 
 def test_the_table_shows_each_optimizer_and_layer(output):
@@ -61,7 +66,7 @@ def test_the_table_shows_each_optimizer_and_layer(output):
 
 
 def test_saved_models_load_back_and_are_the_best_of_their_seeds(output):
-    runs = json.loads((output / "results.json").read_text())["runs"]
+    runs = records(output)
     data = load_digits()["validation"]
     for name in ("adamw", "agr_adamw", "adal"):
         model = AutoModelForImageClassification.from_pretrained(output / "models" / name).eval()
@@ -69,7 +74,7 @@ def test_saved_models_load_back_and_are_the_best_of_their_seeds(output):
             predicted = model(data.pixel_values).logits.argmax(-1)
         accuracy = (predicted == data.labels).double().mean().item()
         assert accuracy == pytest.approx(
-            max(r["validation_accuracy"] for r in runs if r["optimizer"] == name), abs=3e-3
+            max(run.metrics["validation_accuracy"] for run in runs if run.optimizer == name), abs=3e-3
         )
 
 

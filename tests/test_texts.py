@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from agr_hf.tasks.runs import command, plain
+from agr_hf.tasks.runs import plain
 from agr_hf.texts import one_line, public, secret_in
 
 PATHS = {
@@ -84,15 +84,6 @@ def test_what_is_only_named_like_a_secret_stays(monkeypatch, tmp_path):
 @pytest.mark.parametrize("part", ["!/", "(/", "a/", "../", "=/", "~/", "\\"])
 def test_a_long_text_takes_no_time(part):
     public(part * 400_000)
-
-
-@pytest.mark.parametrize(
-    "name", ["--hub_token", "--hub-token", "--hub_tok", "--push_to_hub_token", "--push-to-hub-tok"]
-)
-def test_a_token_is_left_out_of_the_command_however_its_argument_is_written(name):
-    rest = ["--push_to_hub", "true", "--seed", "1"]
-    assert command("t.py", [name, "secret", *rest]) == "python training_scripts/t.py --push_to_hub true --seed 1"
-    assert command("t.py", [f"{name}=secret", *rest]) == "python training_scripts/t.py --push_to_hub true --seed 1"
 
 
 def test_a_text_of_others_is_one_line_and_moves_no_cursor():

@@ -1,31 +1,34 @@
 """Rastrigin and Rosenbrock for every optimizer: search the learning rate, draw the way, measure how near it ends.
 
     python training_scripts/minimize_functions.py --output_dir runs/functions
+    python training_scripts/minimize_functions.py --optim adal --seed 3 --output_dir runs/adal
 
 The set-up of the AdaL paper (section 3.1), which borrows it from jettify/pytorch-optimizer: learning rates by Optuna's TPE,
-200 trials, for the squared distance to the minimum after 100 steps; plots of 500 steps.
+200 trials, for the squared distance to the minimum after 100 steps; plots of 500 steps. A --seed above 0 moves the start by
+N(0, 0.1^2) and seeds the search.
 """
 
 import argparse
-import json
 import logging
 import math
+import time
 from pathlib import Path
 
 import optuna
 import torch
 
 from agr_hf import list_optimizers
-from agr_hf.environment import environment
 from agr_hf.files import replaced_file, write_text
-from agr_hf.tasks.functions import FUNCTIONS, squared_distance, trajectory
-from agr_hf.tasks.runs import command, plain
+from agr_hf.tasks.functions import FUNCTIONS, moved, squared_distance, trajectory
+from agr_hf.tasks.recipes import given_arguments
+from agr_hf.tasks.record import make_record
+from agr_hf.tasks.runs import run_main
 
 logger = logging.getLogger("minimize_functions")
 FARTHEST = 1e6  # what a run that left the numbers counts as: an infinite value would be a failed trial to Optuna
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--optim", nargs="+", choices=list_optimizers(), default=list_optimizers())
@@ -35,14 +38,19 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=500, help="steps of the plot (%(default)s)")
     parser.add_argument("--lowest_lr", type=float, default=1e-4)
     parser.add_argument("--highest_lr", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of start and search (%(default)s)")
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("trials", "search_steps", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
     if not 0 < args.lowest_lr < args.highest_lr:
         parser.error(f"--lowest_lr {args.lowest_lr:g} must be above 0 and below --highest_lr {args.highest_lr:g}")
-    return args
+    return args, given_arguments(parser, argv)
 
 
 def search(function, optimizer, args):
@@ -80,15 +88,14 @@ def plot(function, ways, path):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    args, given = parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # two numbers at a time
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     found, lines = [], [f"| function | optimizer | lr | distance after {args.search_steps} steps | after {args.steps} |",
                         "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for function in (FUNCTIONS[name] for name in args.functions):
-        ways = {}
+        function, ways = moved(function, args.seed) if args.seed > 0 else function, {}
         for name in args.optim:
             lr = search(function, name, args)
             ways[name] = trajectory(function, name, lr, args.steps)
@@ -100,14 +107,30 @@ def main(argv=None):
             lines.append(f"| {function.name} | {name} | {lr:.3g} | {near:.2e} | {last:.2e} |")
             logger.info("%s, %s: lr %.3g, distance %.2e", function.name, name, lr, near)
         plot(function, ways, args.output_dir / f"{function.name}.png")
-    config = {key: value for key, value in vars(args).items() if key != "output_dir"}
-    results = plain(
-        {"task": "functions", "runs": found, "command": command(__file__, argv), "config": config, **environment()}
+    record = make_record(
+        script=__file__,
+        arguments=given,
+        task="functions",
+        optimizer=", ".join(args.optim),
+        metrics=metrics_of(found) if len(args.optim) == 1 else {},
+        config=vars(args),
+        epochs=[],
+        details=found,
+        seed=args.seed,
+        seconds=time.perf_counter() - started,
+        device=torch.device("cpu"),
     )
-    write_text(args.output_dir / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    record.write(args.output_dir)
     write_text(args.output_dir / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
+def metrics_of(found):
+    """Distances at the end of one optimizer's ways: of each function, and their geometric mean."""
+    distances = [row["distance"] for row in found]
+    return {"distance": math.prod(distances) ** (1 / len(distances)),
+            **{f"{row['function']}_distance": row["distance"] for row in found}}  # fmt: skip
+
+
 if __name__ == "__main__":
-    main()
+    run_main(main)

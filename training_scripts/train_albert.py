@@ -9,40 +9,17 @@
 """
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import (
-    AlbertConfig,
-    AlbertForPreTraining,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AlbertConfig, AlbertForPreTraining, AutoTokenizer
 
-import agr_hf
+from agr_hf.errors import UserError
 from agr_hf.files import replaced_folder
-from agr_hf.hub.push import push_finished, take_over_push
-from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR, TrainingTime
-from agr_hf.integrations.epochs import EpochOf
-from agr_hf.integrations.launch import check_launch
-from agr_hf.integrations.trainer import parse_optim_args, save_model, train, trainer_optimizer
-from agr_hf.optim.registry import optimizer_info
 from agr_hf.tasks import sentence_order as sop
-from agr_hf.tasks.recipes import apply_recipe, refuse_data_parallel
-from agr_hf.tasks.runs import (
-    dataset_of,
-    epochs_of,
-    evaluation_of,
-    gradients_of,
-    optimizer_groups,
-    refuse_used,
-    run_main,
-    write_results,
-)
+from agr_hf.tasks.runs import describe_dataset, run_main
 from agr_hf.tasks.text import EMBEDDED, default_config, hub_source, load_articles, train_tokenizer
+from agr_hf.tasks.trainer_run import TrainerRun, trainer_parser
 
 logger = logging.getLogger("train_albert")
 
@@ -101,117 +78,64 @@ class DataArguments:
     max_eval_samples: int | None = None
 
 
-@dataclass
-class RunArguments:
-    recipe: str | None = field(default=None, metadata={"help": f"defaults by name: {', '.join(RECIPES)}"})
-    suspend_agr_at_epoch: float | None = None
-    gradient_statistics_every: int = field(default=100, metadata={"help": "steps; 0 measures nothing"})
-    push_training_state: bool = field(default=False, metadata={"help": "with --push_to_hub, so that others can resume"})
-
-
-def parse_args(argv=None):
-    agr_hf.register()
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments, TrainingArguments))
-    parser.set_defaults(
-        optim="agr_adamw", learning_rate=1e-3, per_device_train_batch_size=16, eval_strategy="epoch",
-        logging_strategy="epoch", save_total_limit=2, report_to="none",
-    )  # fmt: skip
-    apply_recipe(parser, RECIPES, argv)
-    return parser.parse_args_into_dataclasses(argv)
+def make_parser():
+    return trainer_parser(__doc__, ModelArguments, DataArguments, recipes=RECIPES, per_device_train_batch_size=16)
 
 
 def main(argv=None):
-    model_args, data_args, run_args, args = parse_args(argv)
-    level = logging.INFO if args.process_index == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
-    set_seed(args.seed)
-    check_launch(args)
-    refuse_data_parallel(args)
-    if args.process_index == 0:
-        refuse_used(args.output_dir, args.resume_from_checkpoint)
-    push = take_over_push(args, run_args.push_training_state)
+    run = TrainerRun(__file__, make_parser(), argv)
+    model_args, data_args = run.own
     # Trainer would remove what the collator needs, for the model's forward does not take it.
-    args.remove_unused_columns = False
+    run.args.remove_unused_columns = False
 
-    if data_args.dataset_name == EMBEDDED and (data_args.train_file is None) != (data_args.validation_file is None):
-        raise ValueError(
-            "train_file and validation_file go together, or with the dataset_name that the other split is of: one was given"
-        )
-    config_name = data_args.dataset_config_name
-    train_text = load_articles(data_args.train_file or data_args.dataset_name, "train", config_name)
-    eval_text = load_articles(data_args.validation_file or data_args.dataset_name, "validation", config_name)
-    tokenizer = tokenizer_of(model_args, args, train_text)
-    seed = args.seed if args.data_seed is None else args.data_seed
+    train_text, eval_text = load_texts(data_args)
+    tokenizer = load_tokenizer(model_args, run.args, train_text)
     length = data_args.max_seq_length
-    train_data = sop.SentenceChunks(train_text, tokenizer, length, seed).first(data_args.max_train_samples)
+    train_data = sop.SentenceChunks(train_text, tokenizer, length, run.data_seed).first(data_args.max_train_samples)
     eval_data = sop.SentenceChunks(eval_text, tokenizer, length, dynamic=False)
     eval_pairs = len(eval_data)
-    eval_data = eval_data.first(data_args.max_eval_samples)
-    collator = sop.PretrainingCollator(tokenizer, data_args.mlm_probability, data_args.max_ngram)
-
-    model = model_of(model_args, tokenizer, length)
-    parameters = model.num_parameters()
+    eval_data.first(data_args.max_eval_samples)
+    model = make_model(model_args, tokenizer, length)
     logger.info("%s parameters, %s training and %s evaluation pairs of at most %s tokens",
-                f"{parameters:,}", f"{len(train_data):,}", f"{len(eval_data):,}", length)  # fmt: skip
+                f"{model.num_parameters():,}", f"{len(train_data):,}", f"{len(eval_data):,}", length)  # fmt: skip
 
-    name = str(args.optim.value)
-    chosen = {}
-    if name in agr_hf.list_optimizers():
-        options = parse_optim_args(optimizer_info(name), args.optim_args)
-        chosen["optimizer_cls_and_kwargs"] = trainer_optimizer(name, args, **options)
-    clock = TrainingTime()
-    callbacks = [EpochOf(train_data), clock]
-    if run_args.suspend_agr_at_epoch is not None:
-        callbacks.append(SuspendAGR(at_epoch=run_args.suspend_agr_at_epoch))
-    trainer = Trainer(model, args, collator, train_data, eval_data, processing_class=tokenizer, callbacks=callbacks,
-                      compute_metrics=sop.pretraining_metrics, preprocess_logits_for_metrics=sop.keep_predictions,
-                      **chosen)  # fmt: skip
-    if run_args.gradient_statistics_every:
-        GradientStatistics(every=run_args.gradient_statistics_every).attach(trainer)
-
-    train(trainer, args.resume_from_checkpoint)
-    metrics = evaluation_of(trainer.evaluate())
+    metrics = run.train(
+        model, train_data, eval_data, sop.pretraining_metrics, processing_class=tokenizer,
+        data_collator=sop.PretrainingCollator(tokenizer, data_args.mlm_probability, data_args.max_ngram),
+        preprocess_logits_for_metrics=sop.keep_predictions,
+    )  # fmt: skip
     logger.info("masked accuracy %.2f%%, perplexity %.1f, sentence-order accuracy %.2f%%",
                 100 * metrics["masked_accuracy"], metrics["perplexity"], 100 * metrics["sop_accuracy"])  # fmt: skip
 
-    save_model(trainer)
-    if trainer.is_world_process_zero():
-        config = {**asdict(model_args), **asdict(data_args), **asdict(run_args), **args.to_sanitized_dict()}
-        config |= {"parameters": parameters, "train_pairs": len(train_data), "eval_pairs": len(eval_data)}
-        base = model_args.model_name_or_path
-        config["base_model"] = base if base and not Path(base).exists() else None  # a folder here is none of the Hub's
-        files = (data_args.train_file, data_args.validation_file)
-        write_results(
-            args.output_dir,
-            script=__file__,
-            argv=argv,
-            task="albert",
-            optimizer=name,
-            groups=optimizer_groups(trainer.optimizer),
-            seed=args.seed,
-            config=config,
-            dataset=dataset_of(
-                data_args.dataset_name,
-                len(train_data),
-                files,
-                hub_source(data_args.dataset_name),
-                split="validation",
-                evaluated=len(eval_data),
-                complete=len(eval_data) == eval_pairs,
-                config=config_name or default_config(data_args.dataset_name),
-            ),
-            epochs=epochs_of(trainer.state.log_history),
-            metrics=metrics,
-            seconds=clock.seconds,
-            device=args.device,
-            gradients=gradients_of(trainer.state.log_history),
-        )
-        if push:
-            push_finished(args.output_dir, **push)
+    dataset = describe_dataset(
+        data_args.dataset_name,
+        len(train_data),
+        (data_args.train_file, data_args.validation_file),
+        hub_source(data_args.dataset_name),
+        split="validation",
+        evaluated=len(eval_data),
+        complete=len(eval_data) == eval_pairs,
+        config=data_args.dataset_config_name or default_config(data_args.dataset_name),
+    )
+    base = model_args.model_name_or_path  # a folder here is none of the Hub's
+    run.finish("albert", metrics, dataset, base_model=base if base and not Path(base).exists() else None)
     return metrics
 
 
-def tokenizer_of(model_args, args, articles):
+def load_texts(data_args):
+    """The articles to train on and to evaluate on."""
+    name, config = data_args.dataset_name, data_args.dataset_config_name
+    if name == EMBEDDED and (data_args.train_file is None) != (data_args.validation_file is None):
+        raise UserError(
+            "train_file and validation_file go together, or with the dataset_name that the other split is of: one was given"
+        )
+    return (
+        load_articles(data_args.train_file or name, "train", config),
+        load_articles(data_args.validation_file or name, "validation", config),
+    )
+
+
+def load_tokenizer(model_args, args, articles):
     """The tokenizer named, or one trained on the text by the first process and kept for the others and for resuming."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if name:
@@ -224,14 +148,14 @@ def tokenizer_of(model_args, args, articles):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def model_of(model_args, tokenizer, length):
+def make_model(model_args, tokenizer, length):
     if model_args.model_name_or_path:
         model = AlbertForPreTraining.from_pretrained(
             model_args.model_name_or_path, trust_remote_code=False, use_safetensors=True
         )
         if length > model.config.max_position_embeddings:
             at_most = model.config.max_position_embeddings
-            raise ValueError(f"max_seq_length={length} is more than the model's {at_most} positions; pass at most that")
+            raise UserError(f"max_seq_length={length} is more than the model's {at_most} positions; pass at most that")
     else:
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
         ids = {"pad_token_id": "pad", "bos_token_id": "cls", "eos_token_id": "sep"}

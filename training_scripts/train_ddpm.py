@@ -9,10 +9,11 @@ Leaves in --output_dir: a DDPMPipeline with the averaged weights, which `DDIMPip
 samples as PNG, checkpoints, and results.json.
 """
 
-import argparse
 import copy
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
@@ -22,76 +23,83 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
+from agr_hf.errors import UserError
 from agr_hf.hub.push import check_push, push_finished
 from agr_hf.integrations.accelerate import Progress, batches_of_epoch, latest_state, load_checkpoint, save_checkpoint
 from agr_hf.integrations.launch import check_launch
 from agr_hf.tasks import diffusion
+from agr_hf.tasks.arguments import ScriptParser
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
-from agr_hf.tasks.recipes import apply_recipe
-from agr_hf.tasks.runs import dataset_of, gradients_of, optimizer_groups, refuse_used, run_main, write_results
+from agr_hf.tasks.record import make_record
+from agr_hf.tasks.runs import describe_dataset, optimizer_groups, refuse_used, run_main, summarize_gradients
 from agr_hf.tasks.unlabelled_images import load_unlabelled_images
 
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 # Of diffusers' get_scheduler, those that need nothing but a number of steps.
-SCHEDULES = ["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"]
+SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
+
+
+def argument(default, text=None, repeatable=True):
+    """A field with its help; `repeatable` is explained at ScriptParser."""
+    return field(default=default, metadata={"help": text, "repeatable": repeatable})
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"repeatable": False})
+    recipe: str | None = argument(None, "values of a published or a small run; flags win over it")
+    dataset_name: str = argument("digits", "digits, cifar10, or any Hub id with images")
+    dataset_revision: str | None = argument(None, "of a Hub id; cifar10 and the like are pinned")
+    train_data: str | None = argument(None, "a parquet file or a folder of images, in the place of --dataset_name")
+    max_train_images: int | None = None
+    resolution: int | None = argument(None, "default: the images' own")
+    random_flip: bool = False
+    unet: Literal[*diffusion.UNETS] = "tiny"
+    optim: str = argument("agr_adan", f"one of {', '.join(list_optimizers())}")
+    learning_rate: float = 2e-4
+    weight_decay: float | None = argument(None, "default: the optimizer's own")
+    agr_steps: int | None = argument(None, "suspend AGR after that many steps, for the optimizers that have it")
+    lr_scheduler: Literal[*SCHEDULES] = argument("constant_with_warmup", "of diffusers")
+    lr_warmup_steps: int = 200
+    max_grad_norm: float = argument(1.0, "of the raw gradients, before AGR; 0 for none")
+    num_epochs: int = 25
+    max_train_steps: int | None = argument(None, "stop after that many optimizer steps")
+    train_batch_size: int = argument(128, "of one process")
+    gradient_accumulation_steps: int = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    use_ema: bool = True
+    ema_decay: float = 0.9999
+    checkpointing_steps: int = 500
+    resume_from_checkpoint: str | None = argument(None, "a folder, or 'latest'", repeatable=False)
+    save_images_epochs: int = 10
+    num_grid_samples: int = 64
+    ddpm_num_inference_steps: int = argument(100, "steps of DDIM")
+    num_eval_samples: int = argument(500, "for the metrics at the end; 0 for none")
+    eval_batch_size: int = 250
+    # Others' features must not load files or code.
+    features: str = argument(
+        "pixels", "pixels, timm:MODEL, resnet20:FILE, PACKAGE.MODULE:FACTORY", r"pixels|timm:[\w.\-]+"
+    )
+    fid: bool = argument(False, "FID and IS with Inception")
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = argument("none", repeatable=False)
+    gradient_statistics_every: int = argument(100, "steps; 0 measures nothing")
+    push_to_hub: bool = argument(False, repeatable=False)
+    hub_model_id: str | None = argument(None, "default: the name of --output_dir", repeatable=False)
+    hub_private_repo: bool | None = argument(None, repeatable=False)
+    hub_revision: str | None = argument(None, "a branch; default: main", repeatable=False)
+    push_training_state: bool = argument(False, "so that others can resume", repeatable=False)
+    seed: int = 0
+    cpu: bool = False
+
+
+def make_parser():
+    return ScriptParser(Arguments, recipes=diffusion.RECIPES, description=__doc__)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument(
-        "--recipe", choices=list(diffusion.RECIPES), help="values of a published or a small run; flags win over it"
-    )
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--dataset_name", default="digits", help="digits, cifar10, or any Hub id with images")
-    parser.add_argument("--dataset_revision", help="of a Hub id; cifar10 and the like are pinned")
-    parser.add_argument("--train_data", help="a parquet file or a folder of images, in the place of --dataset_name")
-    parser.add_argument("--max_train_images", type=int)
-    parser.add_argument("--resolution", type=int, help="default: the images' own")
-    parser.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--unet", choices=list(diffusion.UNETS), default="tiny")
-    parser.add_argument("--optim", choices=list_optimizers(), default="agr_adan")
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--weight_decay", type=float, help="default: the optimizer's own")
-    parser.add_argument(
-        "--agr_steps", type=int, help="suspend AGR after that many steps, for the optimizers that have it"
-    )
-    parser.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant_with_warmup", help="of diffusers")
-    parser.add_argument("--lr_warmup_steps", type=int, default=200)
-    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="of the raw gradients, before AGR; 0 for none")
-    parser.add_argument("--num_epochs", type=int, default=25)
-    parser.add_argument("--max_train_steps", type=int, help="stop after that many optimizer steps")
-    parser.add_argument("--train_batch_size", type=int, default=128, help="of one process")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--ema_decay", type=float, default=0.9999)
-    parser.add_argument("--checkpointing_steps", type=int, default=500)
-    parser.add_argument("--resume_from_checkpoint", help="a folder, or 'latest'")
-    parser.add_argument("--save_images_epochs", type=int, default=10)
-    parser.add_argument("--num_grid_samples", type=int, default=64)
-    parser.add_argument("--ddpm_num_inference_steps", type=int, default=100, help="steps of DDIM")
-    parser.add_argument("--num_eval_samples", type=int, default=500, help="for the metrics at the end; 0 for none")
-    parser.add_argument("--eval_batch_size", type=int, default=250)
-    parser.add_argument(
-        "--features", default="pixels", help="pixels, timm:MODEL, resnet20:FILE, PACKAGE.MODULE:FACTORY"
-    )
-    parser.add_argument("--fid", action=argparse.BooleanOptionalAction, default=False, help="FID and IS with Inception")
-    parser.add_argument("--report_to", choices=["none", "tensorboard", "trackio", "wandb"], default="none")
-    parser.add_argument("--gradient_statistics_every", type=int, default=100, help="steps; 0 measures nothing")
-    parser.add_argument("--push_to_hub", action="store_true")
-    parser.add_argument("--hub_model_id", help="default: the name of --output_dir")
-    parser.add_argument("--hub_private_repo", action="store_true", default=None)
-    parser.add_argument("--hub_revision", help="a branch; default: main")
-    parser.add_argument("--push_training_state", action="store_true", help="so that others can resume")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true")
-    apply_recipe(parser, diffusion.RECIPES, argv)
-    args = parser.parse_args(argv)
+    """The arguments, and those that the command line gave."""
+    parser = make_parser()
+    (args,), given = parser.parse(argv)
     for name in (
         "num_epochs",
         "train_batch_size",
@@ -108,6 +116,8 @@ def parse_args(argv=None):
         parser.error(
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} is not allowed; it must be 1 to {most}"
         )
+    if args.optim not in list_optimizers():
+        parser.error(f"--optim {args.optim} is not allowed; it must be one of {', '.join(list_optimizers())}")
     if args.agr_steps is not None and not args.optim.startswith("agr_"):
         parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
     if args.num_eval_samples < 0 or args.num_eval_samples == 1:
@@ -115,11 +125,11 @@ def parse_args(argv=None):
             f"--num_eval_samples {args.num_eval_samples} is not allowed; a distance needs at least 2 samples, and 0 leaves "
             "it out"
         )
-    return args
+    return args, given
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, given = parse_args(argv)
     output_dir = Path(args.output_dir)
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub:
@@ -153,7 +163,7 @@ def main(argv=None):
     network = feature_network(args.features, accelerator.device) if args.num_eval_samples else None
     loader = accelerator.prepare(DataLoader(images, args.train_batch_size, shuffle=True, drop_last=True))
     if len(loader) == 0:
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images do not fill one batch of {args.train_batch_size} for each of "
             f"{accelerator.num_processes} processes; pass a smaller --train_batch_size"
         )
@@ -177,9 +187,10 @@ def main(argv=None):
     load_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
     if ema:
         ema.to(accelerator.device)  # a checkpoint is read on the CPU
-    config = {key: value for key, value in vars(args).items() if key not in ("output_dir", "report_to")}
     if args.report_to != "none":
-        accelerator.init_trackers("train_ddpm", {key: value for key, value in config.items() if value is not None})
+        left_out = ("output_dir", "report_to")
+        config = {key: value for key, value in vars(args).items() if value is not None and key not in left_out}
+        accelerator.init_trackers("train_ddpm", config)
     accelerator.print(
         f"{len(images)} images of {tuple(images.shape[1:])}, U-Net {args.unet} with {sampled.num_parameters():,} "
         f"parameters, {args.optim}, {steps} steps of {accelerator.num_processes} x {args.train_batch_size} images"
@@ -281,16 +292,15 @@ def main(argv=None):
             metrics |= frechet_metrics(samples, images, network, cache_dir=cache, device=accelerator.device)
             if args.fid:
                 metrics |= inception_metrics(samples, images, cache_dir=cache, device=accelerator.device)
-        write_results(
-            output_dir,
+        record = make_record(
             script=__file__,
-            argv=argv,
+            arguments=given,
             task="ddpm",
             optimizer=args.optim,
-            groups=optimizer_groups(optimizer),
-            seed=args.seed,
-            config=config,
-            dataset=dataset_of(
+            metrics=metrics,
+            config=asdict(args),
+            epochs=history.epochs,
+            dataset=describe_dataset(
                 args.dataset_name,
                 len(images),
                 (args.train_data,),
@@ -299,12 +309,13 @@ def main(argv=None):
                 evaluated=len(images),
                 complete=args.max_train_images is None or len(images) < args.max_train_images,
             ),
-            device=accelerator.device,
-            epochs=history.epochs,
-            metrics=metrics,
+            optimizer_groups=optimizer_groups(optimizer),
+            gradients=summarize_gradients(history.gradients),
+            seed=args.seed,
             seconds=history.seconds,
-            gradients=gradients_of(history.gradients),
+            device=accelerator.device,
         )
+        record.write(output_dir)
         print(", ".join(f"{key} {value:.6g}" for key, value in metrics.items()))
         if args.push_to_hub:
             options = {"private": args.hub_private_repo, "revision": args.hub_revision}

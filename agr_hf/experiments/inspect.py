@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.environment import environment
+from agr_hf.errors import UserError
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.param_groups import agr_param_groups
 from agr_hf.optim.statistics import gradient_statistics
@@ -69,7 +70,7 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
         cls = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
         loaded: nn.Module = cls.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is no local folder with a model, no architecture of timm, and not to be had from the Hub "
             f"({str(error).splitlines()[0]})"
         ) from error
@@ -99,7 +100,7 @@ def random_batches(model: Any, batch_size: int, count: int) -> Iterator[Batch]:
             length = min(TEXT_LENGTH, getattr(config, "max_position_embeddings", TEXT_LENGTH))
             yield {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
         else:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} takes neither images nor tokens: no random batch can be made for it"
             )
 
@@ -117,7 +118,7 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv"}
     path = Path(source)
     if path.suffix in kinds and not path.exists():
-        raise ValueError(f"there is no file {source!r}")
+        raise UserError(f"there is no file {source!r}")
     try:
         if path.is_file():
             rows = datasets.load_dataset(kinds.get(path.suffix, "text"), data_files=str(path), split="train")
@@ -126,13 +127,13 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
         else:
             rows = datasets.load_dataset(source, split="train")
     except Exception as error:
-        raise ValueError(f"the dataset {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the dataset {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     rows = rows.shuffle(seed=0).select(range(min(len(rows), batch_size * count)))
     image = next((column for column in ("image", "img") if column in rows.column_names), None)
     label = next((column for column in ("label", "labels", "fine_label") if column in rows.column_names), None)
     images = not hasattr(model, "config") or getattr(model, "main_input_name", None) == "pixel_values"
     if not (image and label if images else "text" in rows.column_names):
-        raise ValueError(
+        raise UserError(
             f"the dataset {source!r} has the columns {', '.join(rows.column_names)}; this model takes "
             + ("image and label" if images else "text")
         )
@@ -175,7 +176,7 @@ def _image_batch(model: Any, images: list[Any], labels: Tensor, mean: Sequence[f
     channels, height, width = example[key].shape[1:]
     classes = model.num_classes if key == "x" else model.config.num_labels
     if int(labels.max()) >= classes:
-        raise ValueError(f"the dataset has a label {int(labels.max())}, but the model has {classes} classes")
+        raise UserError(f"the dataset has a label {int(labels.max())}, but the model has {classes} classes")
     transform = v2.Compose(
         [
             v2.ToImage(),
@@ -240,7 +241,7 @@ def measure(model: nn.Module, batches: Iterator[Batch], tick: Callable[[], objec
     wanted = {p for group in agr_param_groups(model) if group["agr"] for p in group["params"]}
     named = {name: param for name, param in model.named_parameters() if param in wanted and param.requires_grad}
     if not named:
-        raise ValueError(f"{type(model).__name__} has no Linear or Conv layer that trains: AGR applies to nothing")
+        raise UserError(f"{type(model).__name__} has no Linear or Conv layer that trains: AGR applies to nothing")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in named}
     means = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in named.items()}
     squares = dict.fromkeys(named, 0.0)
@@ -260,7 +261,7 @@ def measure(model: nn.Module, batches: Iterator[Batch], tick: Callable[[], objec
         tick()
     model.zero_grad()
     if not any(found.values()):
-        raise ValueError("no batch, or no layer got a gradient: there is nothing to measure")
+        raise UserError("no batch, or no layer got a gradient: there is nothing to measure")
     layers = []
     for name, rows in found.items():
         if rows:

@@ -7,14 +7,15 @@ import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agr_hf.errors import UserError
 from agr_hf.hub.cards import shown_metrics, task_of
-from agr_hf.hub.download import published_results
-from agr_hf.hub.results import read_results
+from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
+from agr_hf.tasks.record import RunRecord, read_record
 from agr_hf.tasks.runs import lower_is_better
 from agr_hf.texts import one_line
 
@@ -24,16 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What two seeds of one experiment may differ in.
-PER_RUN = (
-    "seed",
-    "data_seed",
-    "resume_from_checkpoint",
-    "push_to_hub",
-    "push_training_state",
-    "report_to",
-    "parameters",
-    "channels",
-)
+PER_RUN = ("seed", "data_seed", "parameters", "channels")
 COLUMNS = ("model_name", "unet", "optim", "learning_rate")
 
 
@@ -41,17 +33,17 @@ COLUMNS = ("model_name", "unet", "optim", "learning_rate")
 class _Row:
     """Runs that differ in their seeds, one metric of them, and its values in the runs that have it."""
 
-    runs: list[Mapping[str, Any]]
+    runs: list[RunRecord]
     metric: str
     label: str
     values: list[float]
 
 
-def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[dict[str, Any]]:
-    """Results of runs: of folders with a `results.json`, of all runs below a folder, of repositories on the Hub.
+def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunRecord]:
+    """Records of runs: of folders with a `results.json`, of all runs below a folder, of repositories on the Hub.
 
     Raises:
-        ValueError: a source holds no run; the message names it.
+        UserError: a source holds no run; the message names it.
         ConnectionError: the Hub failed.
     """
     found = []
@@ -60,25 +52,25 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[dict[st
         if path.is_dir() and not (path / "results.json").exists():
             runs = sorted(path.rglob("results.json"))
             if not runs:
-                raise ValueError(f"there is no results.json in {source} or below it")
-            found += [results for run in runs if (results := _results_of(run))]
+                raise UserError(f"there is no results.json in {source} or below it")
+            found += [record for run in runs if (record := _record_of(run))]
         else:
-            found.append(published_results(source, api=api))
+            found.append(published_record(source, api=api))
     return found
 
 
-def _results_of(path: Path) -> dict[str, Any] | None:
+def _record_of(path: Path) -> RunRecord | None:
     """Of a `results.json` among others; None, and a warning, where it is of something else."""
     try:
-        results = read_results(path)
-        task_of(results)
+        record = read_record(path)
+        task_of(record)
     except ValueError as error:
         logger.warning("left out: %s", error)
         return None
-    return results
+    return record
 
 
-def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
+def leaderboard(runs: Iterable[RunRecord]) -> str:
     """A Markdown table of runs by task and data, the best first: mean and standard deviation over seeds.
 
     Runs of as many processes that differ in nothing but their seed are one row; of a seed that is there twice (a run and its
@@ -86,19 +78,19 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     and data set. With one seed there is no deviation, and rows that lie within each other's deviations are not told apart
     by this table.
     """
-    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    groups: dict[str, dict[str, RunRecord]] = {}
     # A run may be given twice: its folder, and where it was published.
-    for run in {json.dumps(run, sort_keys=True): run for run in runs}.values():
-        key = json.dumps([run["task"], run["optimizer"], _settings(run)], sort_keys=True)
+    for run in {json.dumps(asdict(run), sort_keys=True): run for run in runs}.values():
+        key = json.dumps([run.task, run.optimizer, _settings(run)], sort_keys=True)
         by_seed = groups.setdefault(key, {})
         # Runs that do not say their seed are taken for different ones.
-        known = f"run {len(by_seed)}" if run.get("seed") is None else run["seed"]
-        seed = json.dumps([known, run["config"].get("data_seed")])
+        known = f"run {len(by_seed)}" if run.seed is None else run.seed
+        seed = json.dumps([known, run.config.get("data_seed")])
         if seed in by_seed:
             logger.warning(
-                "there are two runs of seed %s that differ in nothing; the one finished last counts", run.get("seed")
+                "there are two runs of seed %s that differ in nothing; the one finished last counts", run.seed
             )
-        by_seed[seed] = max(run, by_seed.get(seed, run), key=lambda one: one.get("finished") or "")
+        by_seed[seed] = max(run, by_seed.get(seed, run), key=lambda one: one.finished or "")
     lines = ["| task | data | model | optimizer | rate | settings | runs | metric | value | seconds |",
              "| --- | --- | --- | --- | ---: | --- | ---: | --- | ---: | ---: |"]  # fmt: skip
     values_of: dict[str, dict[str, set[str]]] = {}
@@ -108,18 +100,18 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
             values_of.setdefault(_place(group[0]), {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     for row in sorted(map(_row, rows), key=_order):
         group, values, run = row.runs, row.values, row.runs[0]
-        info = OPTIMIZERS.get(run["optimizer"])
+        info = OPTIMIZERS.get(run.optimizer)
         value = f"{statistics.mean(values):.4g}" if values else "–"
         if len(values) > 1:
             value += f" ± {statistics.stdev(values):.2g}"
         if len(values) < len(group):
             value += f" ({len(values)} of {len(group)} runs)"
-        seconds = [r["seconds"] for r in group if r.get("seconds") is not None]
-        config, rate = run["config"], run["config"].get("learning_rate")
+        seconds = [one.seconds for one in group if one.seconds is not None]
+        config, rate = run.config, run.config.get("learning_rate")
         cells = [
-            run["task"], (run.get("dataset") or {}).get("name", "–"),
+            run.task, run.dataset.get("name", "–"),
             config.get("model_name") or config.get("unet") or f"hidden {config.get('hidden_size', '–')}",
-            info.title if info else run["optimizer"], "–" if rate is None else f"{rate:g}",
+            info.title if info else run.optimizer, "–" if rate is None else f"{rate:g}",
             _differences(run, values_of[_place(run)]), len(group), row.label, value,
             f"{statistics.mean(seconds):.0f}" if seconds else "–",
         ]  # fmt: skip
@@ -127,27 +119,27 @@ def leaderboard(runs: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {key: value for key, value in run["config"].items() if key not in PER_RUN and not key.startswith("hub_")}
-    return {**settings, "processes": run.get("processes") or 1}
+def _settings(run: RunRecord) -> dict[str, Any]:
+    settings = {key: value for key, value in run.config.items() if key not in PER_RUN}
+    return {**settings, "processes": run.processes or 1}
 
 
-def _place(run: Mapping[str, Any]) -> str:
+def _place(run: RunRecord) -> str:
     """Rows of one place are compared with each other."""
-    return json.dumps([run["task"], (run.get("dataset") or {}).get("name")])
+    return json.dumps([run.task, run.dataset.get("name")])
 
 
-def _differences(run: Mapping[str, Any], values: Mapping[str, set[str]]) -> str:
+def _differences(run: RunRecord, values: Mapping[str, set[str]]) -> str:
     """Settings of a run that other rows have otherwise, without those that have a column."""
     settings = _settings(run)
     differing = [key for key in settings if len(values[key]) > 1 and key not in COLUMNS]
     return ", ".join(f"{key}={settings[key]}" for key in differing) or "–"
 
 
-def _row(group: list[Mapping[str, Any]]) -> _Row:
-    labels = {key: label for run in group for key, label, _ in shown_metrics(task_of(run), run["metrics"])}
+def _row(group: list[RunRecord]) -> _Row:
+    labels = {key: label for run in group for key, label, _ in shown_metrics(task_of(run), run.metrics)}
     key = min(labels, key=lambda name: name == "loss", default="loss")  # the loss where there is nothing else
-    values = [value for run in group for name, _, value in shown_metrics(task_of(run), run["metrics"]) if name == key]
+    values = [value for run in group for name, _, value in shown_metrics(task_of(run), run.metrics) if name == key]
     return _Row(group, key, labels.get(key, "–"), values)
 
 
@@ -155,5 +147,5 @@ def _order(row: _Row) -> tuple[Any, ...]:
     run = row.runs[0]
     mean = statistics.mean(row.values) if row.values else math.inf  # what failed comes last
     lower = lower_is_better(row.metric)
-    data = str((run.get("dataset") or {}).get("name"))
-    return run["task"], data, row.metric, mean if lower or not row.values else -mean
+    data = str(run.dataset.get("name"))
+    return run.task, data, row.metric, mean if lower or not row.values else -mean

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import logging
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainingArguments
 
 from agr_hf.environment import environment
+from agr_hf.errors import UserError
 from agr_hf.files import write_text
-from agr_hf.hub.download import download_run, published_results
-from agr_hf.hub.results import read_results
+from agr_hf.hub.download import download_run, published_record
 from agr_hf.hub.training_state import FOLDER, import_checkpoint
-from agr_hf.tasks.runs import without_token_arguments
+from agr_hf.tasks.arguments import ScriptParser
+from agr_hf.tasks.recipes import given_arguments
+from agr_hf.tasks.record import RunRecord, argument_words, read_record
+from agr_hf.tasks.runs import plain
 from agr_hf.texts import one_line, public, without_secrets
 
 if TYPE_CHECKING:
@@ -32,104 +38,83 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A published command is a stranger's text. It is never given to a shell; of it only the script's name and arguments of
-# these names are used. They say what is trained on what; none can write elsewhere, send anything, or name code.
-_TRAINER = """
+# The scripts whose runs are repeated for others.
+SCRIPTS = ("train_image_classifier.py", "train_albert.py", "train_ddpm.py")
+# A published record is a stranger's. Of transformers' TrainingArguments only these are taken over: they say how to train,
+# and none can write elsewhere, send anything, or name code. The scripts' own arguments say so themselves (ScriptParser).
+TRAINER_ARGUMENTS = frozenset(
+    """
     optim optim_args learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps
     lr_scheduler_type lr_scheduler_kwargs warmup_steps per_device_train_batch_size per_device_eval_batch_size
     gradient_accumulation_steps gradient_checkpointing seed data_seed bf16 fp16 use_cpu full_determinism
     label_smoothing_factor eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit
-    logging_strategy logging_steps dataloader_drop_last dataloader_num_workers disable_tqdm recipe dataset_name
-    max_train_samples max_eval_samples suspend_agr_at_epoch gradient_statistics_every train_file
-"""
-_CLASSIFIER = "model_name test_file image_size augmentation lr_milestones lr_gamma"
-_ALBERT = """
-    model_name_or_path tokenizer_name hidden_size num_hidden_layers num_attention_heads intermediate_size embedding_size
-    vocab_size dataset_config_name validation_file max_seq_length mlm_probability max_ngram
-"""
-_DDPM = """
-    recipe dataset_name dataset_revision train_data max_train_images resolution random_flip unet optim learning_rate
-    weight_decay agr_steps lr_scheduler lr_warmup_steps max_grad_norm num_epochs max_train_steps train_batch_size
-    gradient_accumulation_steps mixed_precision use_ema ema_decay checkpointing_steps save_images_epochs num_grid_samples
-    ddpm_num_inference_steps num_eval_samples eval_batch_size features fid seed cpu gradient_statistics_every
-"""
-ARGUMENTS: dict[str, frozenset[str]] = {
-    script: frozenset(re.findall(r"\w+", names))
-    for script, names in {
-        "train_image_classifier.py": _TRAINER + _CLASSIFIER,
-        "train_albert.py": _TRAINER + _ALBERT,
-        "train_ddpm.py": _DDPM,
-    }.items()
-}
-# Arguments of a published command that are the publisher's own affair.
-LEFT_OUT = re.compile(r"output_dir|report_to|resume_from_checkpoint|push_.*|hub_.*|run_name|logging_dir")
-# Published files are known by their names: a path or an address in a command is not of our making.
-LONGEST = 10_000
+    logging_strategy logging_steps dataloader_drop_last dataloader_num_workers disable_tqdm
+    """.split()
+)
+LONGEST = 10_000  # characters of all values
+# Published files are known by their names: a path or an address is not of our making.
 ELSEWHERE = re.compile(r"[A-Za-z][\w+.\-]*://")
-FEATURES = re.compile(r"pixels|timm:[\w.\-]+")
+TRUST = "if you trust it, run the script yourself"
+# Arguments that hold a token, also abbreviated.
+TOKEN_ARGUMENTS = re.compile(r"--(push_to_)?hub_t\w*")
 
 
-def published_command(results: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Script and arguments of a published run, those that may be used.
+@functools.cache
+def script_parser(script: str) -> ScriptParser:
+    """The parser of a script of the package, which raises UserError where it refuses a command line."""
+    parser: ScriptParser = runpy.run_path(str(script_path(script)))["make_parser"]()
+
+    def refuse(message: str) -> None:
+        raise UserError(f"the published arguments are not those of {script}: {one_line(message)[:300]}")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    return parser
+
+
+def published_arguments(run: RunRecord) -> list[str]:
+    """The arguments of a published run, as words for its script.
 
     Raises:
-        ValueError: the command is of no script of agr_hf, or has arguments that are not repeated; the message names them.
+        UserError: the run is of no script of agr_hf, or has an argument or a value that is not repeated for others; the
+            message names it.
     """
-    if len(results["command"]) > LONGEST:
-        raise ValueError(
-            f"the published command has {len(results['command']):,} characters; no run's has over {LONGEST:,}"
-        )
-    try:
-        words = shlex.split(results["command"])
-    except ValueError as error:
-        raise ValueError(f"the published command cannot be read ({error}): {one_line(results['command'])}") from None
-    place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    script = "" if place is None else Path(words[place]).name
-    if place is None or script not in ARGUMENTS:
-        raise ValueError(
-            f"the published command is not of one of agr_hf's scripts ({', '.join(ARGUMENTS)}): "
-            f"{one_line(results['command'])}"
-        )
-    kept: list[str] = []
-    taking: bool | None = None
-    for word in words[place + 1 :]:
-        if not word.startswith("--"):
-            if taking:
-                _check_value(word, results)
-                kept.append(word)
-            elif taking is None:
-                raise ValueError(
-                    f"the published command begins with {word!r}, which is no argument: {one_line(results['command'])}"
-                )
-            continue  # the value of an argument left out
-        name, _, value = word[2:].partition("=")
-        name = name.replace("-", "_")  # the scripts take either
-        known = name if name in ARGUMENTS[script] else name.removeprefix("no_")
-        taking = known in ARGUMENTS[script]
-        if taking:
-            _check_value(value, results)
-            kept.append(word)
-        elif not LEFT_OUT.fullmatch(name):
-            raise ValueError(
-                f"the published command has --{name}, which is not repeated for others; if you want it, run the command "
-                f"yourself: {one_line(results['command'])}"
+    if run.script not in SCRIPTS:
+        raise UserError(f"{one_line(run.script)[:100]!r} is not one of agr_hf's scripts ({', '.join(SCRIPTS)})")
+    length = sum(map(len, argument_words(run.arguments)))
+    if length > LONGEST:
+        raise UserError(f"the published arguments have {length:,} characters; no run's have over {LONGEST:,}")
+    parser = script_parser(run.script)
+    of_trainer = {of.name for of in dataclasses.fields(TrainingArguments)}
+    for name, value in run.arguments.items():
+        allowed = name in TRAINER_ARGUMENTS if name in of_trainer else parser.repeatable.get(name, False)
+        if not allowed:
+            raise UserError(
+                f"the published run has --{one_line(name)[:100]}, which is not repeated for others; {TRUST}"
             )
-    features = [value for name, value in pairwise([*kept, ""]) if name == "--features"]
-    features += [word.partition("=")[2] for word in kept if word.startswith("--features=")]
-    if not all(FEATURES.fullmatch(value) for value in features):
-        raise ValueError(
-            f"the published command takes features from {', '.join(features)}, which would load code or files; run the "
-            f"command yourself if you trust it: {one_line(results['command'])}"
-        )
-    return script, kept
+        for text in map(str, value if isinstance(value, list) else [value]):
+            code = (name == "optim" and ":" in text) or (isinstance(allowed, str) and not re.fullmatch(allowed, text))
+            if code or ELSEWHERE.search(text) or public(text) != text:
+                what = "would load code or files" if code else "is a place outside"
+                raise UserError(f"the published run has --{name} {one_line(text)[:200]!r}, which {what}; {TRUST}")
+    words = argument_words(run.arguments)
+    # What the parser does not read back as it was is no value of this argument, or another argument in disguise.
+    read = plain(given_arguments(parser, [*words, "--output_dir", "x"]))
+    if read != {**run.arguments, "output_dir": "x"}:
+        raise UserError(f"the published arguments are not those of {run.script}: {one_line(shlex.join(words))[:300]}")
+    return words
 
 
-def _check_value(value: str, results: Mapping[str, Any]) -> None:
-    if ELSEWHERE.search(value) or public(value) != value:
-        raise ValueError(
-            f"the published command names {one_line(value)!r}, a place outside; if you trust it, run the command yourself: "
-            f"{one_line(results['command'])}"
-        )
+def without_token_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments of a command but for `--hub_token` and its likes, however they are written."""
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if not TOKEN_ARGUMENTS.fullmatch(name.replace("-", "_").replace("__", "--", 1)):
+            words.append(word)
+        elif not equals and rest:
+            rest.pop(0)
+    return words
 
 
 def script_path(script: str) -> Path:
@@ -162,19 +147,19 @@ def run_script(script: str, arguments: Sequence[str], processes: int = 1) -> Non
         raise RuntimeError(f"training_scripts/{script} ended with exit code {code}; its messages are above")
 
 
-def prepared(published: Mapping[str, Any], output_dir: Path) -> tuple[str, list[str], int]:
-    """Script, arguments and processes of a published run, for a folder that holds nothing yet.
+def prepare_rerun(published: RunRecord, output_dir: Path) -> tuple[list[str], int]:
+    """Arguments and processes of a published run, for a folder that holds nothing yet.
 
     Raises:
-        ValueError: the run cannot be repeated here, or the folder has files that it might replace.
+        UserError: the run cannot be repeated here, or the folder has files that it might replace.
     """
-    script, arguments = published_command(published)
-    processes, most = published.get("processes") or 1, max(os.cpu_count() or 1, torch.cuda.device_count())
+    arguments = published_arguments(published)
+    processes, most = published.processes or 1, max(os.cpu_count() or 1, torch.cuda.device_count())
     if not 1 <= processes <= most:
-        raise ValueError(f"the run was made with {processes} processes, and this machine has room for {most}")
+        raise UserError(f"the run was made with {processes} processes, and this machine has room for {most}")
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} is there and not empty; pass a new folder as --output-dir")
-    return script, [*arguments, "--output_dir", str(output_dir)], processes
+        raise UserError(f"{output_dir} is there and not empty; pass a new folder as --output-dir")
+    return [*arguments, "--output_dir", str(output_dir)], processes
 
 
 def reproduce(
@@ -198,33 +183,34 @@ def reproduce(
         Name, published and repeated value of every metric.
 
     Raises:
-        ValueError: the run cannot be repeated; the message says why.
+        UserError: the run cannot be repeated; the message says why.
         ConnectionError: the Hub failed.
         RuntimeError: the script failed.
     """
-    published = published_results(source, revision=revision, api=api)
+    published = published_record(source, revision=revision, api=api)
     output_dir = Path(output_dir)
-    script, arguments, processes = prepared(published, output_dir)
+    arguments, processes = prepare_rerun(published, output_dir)
     for line in differences(published):
         print(line)
-    run_script(script, [*arguments, *extra], processes)
-    repeated = read_results(output_dir)
-    keys = list(dict.fromkeys([*published["metrics"], *repeated["metrics"]]))
-    rows = [(key, published["metrics"].get(key), repeated["metrics"].get(key)) for key in keys]
-    record = {"source": public(source), "published": published["metrics"], "repeated": repeated["metrics"]}
+    run_script(published.script, [*arguments, *extra], processes)
+    repeated = read_record(output_dir)
+    keys = list(dict.fromkeys([*published.metrics, *repeated.metrics]))
+    rows = [(key, published.metrics.get(key), repeated.metrics.get(key)) for key in keys]
+    record = {"source": public(source), "published": published.metrics, "repeated": repeated.metrics}
     write_text(output_dir / "reproduction.json", json.dumps(record, indent=2) + "\n")
     print(comparison(rows))
     return rows
 
 
-def differences(published: Mapping[str, Any]) -> list[str]:
+def differences(published: RunRecord) -> list[str]:
     """Where this machine is not that of a published run, a sentence each: equal bits are not to be expected then."""
-    on_cpu = {"--cpu", "--use_cpu"} & {word.partition("=")[0] for word in str(published.get("command")).split()}
+    on_cpu = published.arguments.get("use_cpu") or published.arguments.get("cpu")
     here, found = environment(torch.device("cpu") if on_cpu else None), []
     for key in ("device", "torch_threads", "system"):
-        if published.get(key) not in (None, here[key]):
-            found.append(f"{key}: published {one_line(published[key])}, here {here[key]}")
-    for name, version in (published.get("versions") or {}).items():
+        value = getattr(published, key)
+        if value not in (None, here[key]):
+            found.append(f"{key}: published {one_line(value)}, here {here[key]}")
+    for name, version in published.versions.items():
         if here["versions"].get(name) != version:
             here_too = here["versions"].get(name, "not installed")
             found.append(f"{one_line(name)}: published {one_line(version)}, here {here_too}")
@@ -265,13 +251,13 @@ def resume(
         api: a client with an endpoint and token of its own.
 
     Raises:
-        ValueError: the run cannot be resumed; the message says why.
+        UserError: the run cannot be resumed; the message says why.
         ConnectionError: the Hub failed.
         RuntimeError: the script failed.
     """
     output_dir = Path(output_dir)
     if Path(repo_id).is_dir():
-        raise ValueError(
+        raise UserError(
             f"{repo_id} is a folder here; run its own command again, with more epochs and --resume_from_checkpoint latest"
         )
     with tempfile.TemporaryDirectory() as temporary:
@@ -281,15 +267,15 @@ def resume(
             revision=revision, api=api,
         )  # fmt: skip
         if not (folder / "results.json").exists():
-            raise ValueError(f"{repo_id} has no results.json: it was not published by agr_hf")
-        results = read_results(folder)
+            raise UserError(f"{repo_id} has no results.json: it was not published by agr_hf")
+        published = read_record(folder)
         if not (folder / FOLDER).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{repo_id} was published without its training state; push it with --with-training-state, or start from "
                 "its weights"
             )
-        script, arguments, processes = prepared(results, output_dir)
+        arguments, processes = prepare_rerun(published, output_dir)
         checkpoint = import_checkpoint(folder / FOLDER, output_dir)
         if (folder / "tokenizer").is_dir():
             shutil.copytree(folder / "tokenizer", output_dir / "tokenizer")
-    run_script(script, [*arguments, "--resume_from_checkpoint", str(checkpoint), *extra], processes)
+    run_script(published.script, [*arguments, "--resume_from_checkpoint", str(checkpoint), *extra], processes)

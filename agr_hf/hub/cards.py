@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from agr_hf.errors import UserError
 from agr_hf.optim.registry import OPTIMIZERS
+from agr_hf.tasks.record import RunRecord
 from agr_hf.texts import one_line
 
 CITATION = """@misc{agr2024,
@@ -101,7 +103,7 @@ images = pipeline(batch_size=16, num_inference_steps=100).images""",
 
 
 def model_card(
-    results: Mapping[str, Any],
+    run: RunRecord,
     repo_id: str,
     *,
     curves: bool = False,
@@ -111,37 +113,37 @@ def model_card(
     """The text of README.md for a run.
 
     Args:
-        results: what `read_results` gives.
+        run: what `read_record` gives.
         repo_id: where it is published.
         curves: whether `curves.png` is beside it.
         samples: path of a grid of samples beside it.
         resumable: whether the training state is published.
 
     Raises:
-        ValueError: the results are of a task that cards do not know.
+        UserError: the run is of a task that cards do not know.
     """
     from jinja2 import Environment, StrictUndefined
 
-    task = task_of(results)
+    task = task_of(run)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # text is escaped by the filters
     environment.filters.update(md=_markdown, code=_code, number=_number)
     template = importlib.resources.files("agr_hf.model_cards").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    optimizer = results["optimizer"]
+    optimizer = run.optimizer
     info = OPTIMIZERS.get(optimizer)
-    gradients = results.get("gradients") or {}
+    gradients = run.gradients
     layers = sorted((gradients.get("layers") or {}).items(), key=lambda item: -(item[1].get("effect") or 0.0))
     statistics = dict.fromkeys(("effect", "largest_share", "log_mean", "log_std"))
     layers = [(name, {**statistics, **layer}) for name, layer in layers]
     effect = (gradients.get("overall") or {}).get("effect")
     return environment.from_string(template).render(
-        metadata=metadata(results, repo_id),
-        title=title(results),
+        metadata=metadata(run, repo_id),
+        title=title(run),
         task={"what": task.what, "usage": task.usage.format(repo_id=json.dumps(repo_id))},
         optimizer=info.title if info else optimizer,
         source=info.source if info else "Trainer's own",
-        dataset=_dataset_words(results.get("dataset") or {}),
-        evaluation=_evaluation_words(results.get("dataset") or {}, results["metrics"]),
-        metrics=[(name, value) for name, value in _metrics(task, results["metrics"]) if value is not None],
+        dataset=_dataset_words(run.dataset),
+        evaluation=_evaluation_words(run.dataset, run.metrics),
+        metrics=[(name, value) for name, value in _metrics(task, run.metrics) if value is not None],
         curves=curves,
         samples=urllib.parse.quote(samples) if samples else None,
         uses_agr=optimizer.startswith("agr_"),
@@ -155,37 +157,37 @@ def model_card(
                 "parameters": group["parameters"],
                 "options": [(key, value) for key, value in group.items() if key not in ("tensors", "parameters")],
             }
-            for group in results.get("optimizer_groups") or []
+            for group in run.optimizer_groups
         ],
-        command=one_line(results["command"]).replace("```", "` ` `"),
+        command=one_line(run.command).replace("```", "` ` `"),
         repo_id=repo_id,
         resumable=resumable,
-        conditions=_conditions(results),
+        conditions=_conditions(run),
         citation=CITATION,
     )
 
 
-def task_of(results: Mapping[str, Any]) -> Task:
-    """The workload of a run's results; ValueError where cards do not know it."""
-    if results["task"] not in TASKS:
-        raise ValueError(f"there is no card for the task {results['task']!r}; the tasks are {', '.join(TASKS)}")
-    return TASKS[results["task"]]
+def task_of(run: RunRecord) -> Task:
+    """The workload of a run; UserError where cards do not know it."""
+    if run.task not in TASKS:
+        raise UserError(f"there is no card for the task {run.task!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[run.task]
 
 
-def title(results: Mapping[str, Any]) -> str:
+def title(run: RunRecord) -> str:
     """A name for people: model, data, optimizer."""
-    config = results["config"]
+    config = run.config
     model = config.get("model_name") or (f"U-Net {config['unet']}" if config.get("unet") else "ALBERT")
-    info = OPTIMIZERS.get(results["optimizer"])
-    name = (results.get("dataset") or {}).get("name", "its data")
-    return f"{model} on {name}, {info.title if info else results['optimizer']}"
+    info = OPTIMIZERS.get(run.optimizer)
+    name = run.dataset.get("name", "its data")
+    return f"{model} on {name}, {info.title if info else run.optimizer}"
 
 
-def metadata(results: Mapping[str, Any], repo_id: str) -> str:
+def metadata(run: RunRecord, repo_id: str) -> str:
     """The YAML header, as the Hub understands it: valid whatever the names in it are."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, dataset = task_of(results), results.get("dataset") or {}
+    task, dataset = task_of(run), run.dataset
     hub_id = dataset.get("hub_id")
     hub_id = hub_id if hub_id and HUB_ID.fullmatch(hub_id) else None
     name = one_line(dataset.get("name") or "unknown")
@@ -201,15 +203,15 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
             metric_name=label,
             metric_value=value,
         )
-        for key, label, value in shown_metrics(task, results["metrics"])
+        for key, label, value in shown_metrics(task, run.metrics)
         if key != "loss" or task.split != "train"  # a training loss evaluates nothing
     ]
-    base = results["config"].get("base_model")
+    base = run.config.get("base_model")
     data = ModelCardData(
         library_name=task.library,
         # Hub and pipeline() show every picture in RGB, which a grey model does not take.
-        pipeline_tag=task.pipeline if results["config"].get("channels") != 1 or task.library == "diffusers" else None,
-        tags=[tag for tag in ("agr-hf", results["optimizer"], results["task"]) if HUB_ID.fullmatch(tag)],
+        pipeline_tag=task.pipeline if run.config.get("channels") != 1 or task.library == "diffusers" else None,
+        tags=[tag for tag in ("agr-hf", run.optimizer, run.task) if HUB_ID.fullmatch(tag)],
         datasets=[hub_id] if hub_id else None,
         metrics=[evaluation.metric_type for evaluation in evaluations if evaluation.metric_type != "loss"] or None,
         base_model=base if base and HUB_ID.fullmatch(base) else None,
@@ -219,7 +221,7 @@ def metadata(results: Mapping[str, Any], repo_id: str) -> str:
     return data.to_yaml().strip()
 
 
-def evaluation_file(results: Mapping[str, Any]) -> str | None:
+def evaluation_file(run: RunRecord) -> str | None:
     """`.eval_results/agr_hf.yaml`: the main metric on a complete split of a data set of the Hub; None where there is none.
 
     The Hub lists such results beside those of others, so a loss, a part of a split, a distance of fewer than 50,000 samples
@@ -228,15 +230,13 @@ def evaluation_file(results: Mapping[str, Any]) -> str | None:
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    task, dataset = task_of(results), results.get("dataset") or {}
-    shown = [
-        entry for entry in shown_metrics(task, results["metrics"]) if entry[0] in task.metrics and entry[0] != "loss"
-    ]
+    task, dataset = task_of(run), run.dataset
+    shown = [entry for entry in shown_metrics(task, run.metrics) if entry[0] in task.metrics and entry[0] != "loss"]
     hub_id = dataset.get("hub_id")
     if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown or not dataset.get("complete"):
         return None
-    samples = results["metrics"].get("samples")
-    if results["task"] == "ddpm" and not (isinstance(samples, int) and samples >= SAMPLES):
+    samples = run.metrics.get("samples")
+    if run.task == "ddpm" and not (isinstance(samples, int) and samples >= SAMPLES):
         return None
     key, label, value = shown[0]
     entry = EvalResultEntry(
@@ -244,20 +244,20 @@ def evaluation_file(results: Mapping[str, Any]) -> str | None:
         task_id=f"{task.pipeline}_{key}",
         value=value,
         dataset_revision=dataset.get("revision"),
-        date=results.get("finished"),
-        notes=f"{label} on the {dataset.get('split') or task.split} split, one run with seed {results.get('seed')}",
+        date=run.finished,
+        notes=f"{label} on the {dataset.get('split') or task.split} split, one run with seed {run.seed}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
 
-def draw_curves(results: Mapping[str, Any], path: Any) -> bool:
+def draw_curves(run: RunRecord, path: Any) -> bool:
     """Loss and metrics by epoch as PNG; False where there are fewer than two epochs."""
     from matplotlib.figure import Figure
 
-    epochs = results["epochs"]
+    epochs = run.epochs
     if len(epochs) < 2:
         return False
-    task = task_of(results)
+    task = task_of(run)
     losses = {"train_loss": "Training loss", "loss": task.metrics["loss"]}
     panels = [list(losses.items())]
     panels += [[(key, label)] for key, label in task.metrics.items() if key != "loss"]
@@ -319,17 +319,17 @@ def _evaluation_words(dataset: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     return f"on {of} of the split {dataset['split']!r}{part}"
 
 
-def _conditions(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = results.get("versions") or {}
-    seconds = results.get("seconds")
+def _conditions(run: RunRecord) -> list[tuple[str, str]]:
+    versions = run.versions
+    seconds = run.seconds
     rows = {
-        "seed": results.get("seed"),
-        "finished": results.get("finished"),
+        "seed": run.seed,
+        "finished": run.finished,
         "training time": f"{seconds:,.0f} s" if isinstance(seconds, (int, float)) else None,
-        "device": results.get("device"),
-        "processes": results.get("processes"),
-        "threads": results.get("torch_threads"),
-        "commit of agr_hf": results.get("commit"),
+        "device": run.device,
+        "processes": run.processes,
+        "threads": run.torch_threads,
+        "commit of agr_hf": run.commit,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
     }
     return [(key, str(value)) for key, value in rows.items() if value is not None]

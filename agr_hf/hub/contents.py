@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from agr_hf.errors import UserError
 from agr_hf.integrations.checkpoints import file_fault, shards_of
 from agr_hf.texts import public, secret_in, without_secrets
 
@@ -58,11 +59,11 @@ def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """The files of a run to be published, by their path in the repository.
 
     Raises:
-        ValueError: the folder holds no finished run; the message says what is missing.
+        UserError: the folder holds no finished run; the message says what is missing.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is no folder; pass the --output_dir of a finished run")
+        raise UserError(f"{run_dir} is no folder; pass the --output_dir of a finished run")
     files = {
         path.relative_to(run_dir).as_posix(): path
         for folder in (run_dir, *(run_dir / name for name in FOLDERS))
@@ -73,16 +74,16 @@ def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
     files = {name: path for name, path in files.items() if is_published(name) and name not in MADE}
     for name, path in files.items():
         if path.is_symlink() or any(parent.is_symlink() for parent in list(path.parents)[: name.count("/")]):
-            raise ValueError(f"{run_dir}: {name} is a link, which is not followed; put the file itself there")
+            raise UserError(f"{run_dir}: {name} is a link, which is not followed; put the file itself there")
     if "results.json" not in files:
-        raise ValueError(
+        raise UserError(
             f"{run_dir} has no results.json: the run did not finish; start it again with --resume_from_checkpoint latest"
         )
     if not any(name in files for name in WEIGHTS):
-        raise ValueError(f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json")
+        raise UserError(f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json")
     fault = _fault_of(files)
     if fault:
-        raise ValueError(f"{run_dir}: {fault}; nothing was pushed: train it again with --resume_from_checkpoint latest")
+        raise UserError(f"{run_dir}: {fault}; nothing was pushed: train it again with --resume_from_checkpoint latest")
     return files
 
 
@@ -105,7 +106,7 @@ def public_bytes(name: str, path: Path) -> bytes | Path:
     """What is published of a file: its path, or for JSON that names this machine's paths other bytes.
 
     Raises:
-        ValueError: the file holds a token or another secret of the environment.
+        UserError: the file holds a token or another secret of the environment.
     """
     content: bytes | Path = path
     if path.suffix == ".json":
@@ -129,7 +130,7 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 
 def refuse_secrets(name: str, content: bytes) -> None:
-    """Raise ValueError if a secret is in the name or the bytes of a file to be published."""
+    """Raise UserError if a secret is in the name or the bytes of a file to be published."""
     found = secret_in(os.fsencode(name) + b"\n" + content)
     if found:
-        raise ValueError(f"{without_secrets(name)} holds {found}; nothing was pushed: take it out first")
+        raise UserError(f"{without_secrets(name)} holds {found}; nothing was pushed: take it out first")

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from agr_hf.errors import UserError
 from agr_hf.hub.contents import is_published
 from agr_hf.hub.patience import persistently
-from agr_hf.hub.results import read_results
+from agr_hf.tasks.record import RunRecord, read_record
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,7 +44,7 @@ def download_run(
 
     Raises:
         ConnectionError: the Hub refused, or failed again and again; the message says what to do.
-        ValueError: the repository names a file that would leave the folder.
+        UserError: the repository names a file that would leave the folder.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -59,37 +60,37 @@ def download_run(
     return commit
 
 
-def published_results(source: str, *, revision: str | None = None, api: HfApi | None = None) -> dict[str, Any]:
-    """`results.json` of a run in a local folder or on the Hub.
+def published_record(source: str, *, revision: str | None = None, api: HfApi | None = None) -> RunRecord:
+    """The record of a run in a local folder or on the Hub.
 
     Raises:
-        ValueError: there is none, or it is not of a run of agr_hf.
+        UserError: there is none, or it is not of a run of agr_hf.
         ConnectionError: see `download_run`.
     """
     import tempfile
 
     if Path(source).exists():
-        return read_results(source)
+        return read_record(source)
     with tempfile.TemporaryDirectory() as folder:
         try:
             download_run(source, folder, lambda name: name == "results.json", revision=revision, api=api)
         except ConnectionError as error:
             raise ConnectionError(f"there is no folder {source} here, and {error}") from None
         if not (Path(folder) / "results.json").exists():
-            raise ValueError(f"{source} has no results.json: it was not published by agr_hf")
-        return read_results((Path(folder) / "results.json").read_bytes())
+            raise UserError(f"{source} has no results.json: it was not published by agr_hf")
+        return read_record((Path(folder) / "results.json").read_bytes())
 
 
 def _check_name(repo_id: str, name: str) -> None:
     windows = PureWindowsPath(name)
     if windows.is_absolute() or windows.drive or ".." in windows.parts or any(ord(c) < 32 for c in name):
-        raise ValueError(f"{repo_id} names a file {name!r}, which would leave the folder; nothing of it was kept")
+        raise UserError(f"{repo_id} names a file {name!r}, which would leave the folder; nothing of it was kept")
 
 
 def _download(api: HfApi, repo_id: str, file: RepoFile, commit: str, folder: Path, number: int) -> Path:
     path = Path(api.hf_hub_download(repo_id, file.path, revision=commit, local_dir=folder, force_download=number > 0))
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{repo_id} names a file {file.path!r}, which would leave the folder")
+        raise UserError(f"{repo_id} names a file {file.path!r}, which would leave the folder")
     content = path.read_bytes()
     if file.lfs:
         found, expected = hashlib.sha256(content).hexdigest(), file.lfs.sha256

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agr_hf.errors import UserError
 from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
 from agr_hf.hub.contents import is_replaced, public_bytes, refuse_secrets, run_files
 from agr_hf.hub.patience import LOG_IN, persistently
-from agr_hf.hub.results import read_results
 from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
+from agr_hf.tasks.record import read_record
 from agr_hf.texts import one_line, without_secrets
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def push_run(
         URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: the folder holds no finished run, or a token, or there is no such place; nothing was sent.
+        UserError: the folder holds no finished run, or a token, or there is no such place; nothing was sent.
         ConnectionError: the Hub refused, or failed again and again; the message says what to do. The branch is as it was.
     """
     from huggingface_hub import HfApi
@@ -72,8 +73,8 @@ def push_run(
         repo_id = f"{user}/{repo_id}"
     with tempfile.TemporaryDirectory() as temporary:
         contents = prepare(run_dir, repo_id, Path(temporary), with_training_state)
-        results = read_results(run_dir)
-        title = message or f"Upload a run of {results['optimizer']} ({results['task']}) with agr_hf"
+        run = read_record(run_dir)
+        title = message or f"Upload a run of {run.optimizer} ({run.task}) with agr_hf"
         title = one_line(without_secrets(title))
         digest = _digest(contents)
 
@@ -111,14 +112,14 @@ def prepare(
     """Everything that a push puts on the Hub, by path: contents, or where they are. Nothing is sent.
 
     Raises:
-        ValueError: see `push_run`.
+        UserError: see `push_run`.
     """
-    results = read_results(run_dir)
+    run = read_record(run_dir)
     files = run_files(run_dir)
     if with_training_state:
         checkpoint = newest_checkpoint(run_dir)
         if checkpoint is None:
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} has no complete checkpoint to publish; train with checkpoints (--save_strategy epoch), or push "
                 "without the training state"
             )
@@ -126,19 +127,19 @@ def prepare(
         files = {name: path for name, path in files.items() if not name.startswith(f"{FOLDER}/")}
         files |= {f"{FOLDER}/{path.name}": path for path in sorted((temporary / FOLDER).iterdir())}
     contents = {name: public_bytes(name, path) for name, path in files.items()}
-    curves = draw_curves(results, temporary / "curves.png")
+    curves = draw_curves(run, temporary / "curves.png")
     if curves:
         contents["curves.png"] = temporary / "curves.png"
     samples = sorted(name for name in files if name.startswith("samples/") and name.endswith(".png"))
     card = model_card(
-        results,
+        run,
         repo_id,
         curves=curves,
         samples=samples[-1] if samples else None,
         resumable=any(name.startswith(f"{FOLDER}/") for name in contents),
     )
     contents["README.md"] = card.encode()
-    evaluation = evaluation_file(results)
+    evaluation = evaluation_file(run)
     if evaluation:
         contents[".eval_results/agr_hf.yaml"] = evaluation.encode()
     for name in ("README.md", ".eval_results/agr_hf.yaml"):
@@ -200,27 +201,31 @@ def _digest(contents: Mapping[str, bytes | Path]) -> str:
 
 
 def check_place(repo_id: str, revision: str | None = None) -> None:
-    """Raise ValueError where nothing can be pushed to."""
+    """Raise UserError where nothing can be pushed to."""
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(str(error)) from None
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ValueError(f"revision={revision} is a commit; name a branch to push to, or none for main")
+        raise UserError(f"revision={revision} is a commit; name a branch to push to, or none for main")
 
 
 def check_push(repo_id: str, revision: str | None = None, token: str | None = None) -> None:
     """What can be known of a push before the training: the place, a token, a network that is not switched off.
 
     Raises:
-        ValueError: one of them is missing.
+        UserError: one of them is missing.
     """
     from huggingface_hub import constants, get_token
 
     check_place(repo_id, revision)
     if constants.HF_HUB_OFFLINE:
-        raise ValueError("push_to_hub needs a network, and HF_HUB_OFFLINE is set")
+        raise UserError("push_to_hub needs a network, and HF_HUB_OFFLINE is set")
     if not (token or get_token()):
-        raise ValueError(f"push_to_hub needs a token of the Hub: {LOG_IN}")
+        raise UserError(f"push_to_hub needs a token of the Hub: {LOG_IN}")
 
 
 def take_over_push(args: TrainingArguments, with_training_state: bool = False) -> dict[str, Any] | None:
@@ -229,12 +234,12 @@ def take_over_push(args: TrainingArguments, with_training_state: bool = False) -
     Trainer pushes at every save, and its own card. From here on it does not: a script pushes once, when the run is whole.
 
     Raises:
-        ValueError: see `check_push`; or the training state is to be pushed, and none will be saved.
+        UserError: see `check_push`; or the training state is to be pushed, and none will be saved.
     """
     if not args.push_to_hub:
         return None
     if with_training_state and args.save_strategy == "no":
-        raise ValueError(
+        raise UserError(
             "push_training_state publishes the last checkpoint, and save_strategy is no; set epoch or steps"
         )
     from huggingface_hub import HfApi

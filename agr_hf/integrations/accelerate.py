@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from agr_hf.errors import UserError
 from agr_hf.files import write_text
 from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import folder_fault, loads_older_state, newest_complete, numbered_checkpoints
@@ -70,7 +71,7 @@ def batches_of_epoch(accelerator: Accelerator, loader: Any, progress: Progress) 
         taken = progress.batches * before
         progress.batches, left_over = divmod(taken, loader.total_batch_size)
         if left_over:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint is of {taken} examples of an epoch, taken in batches of {before} on all processes "
                 f"together, and now they are of {loader.total_batch_size}, which does not divide them; start a number of "
                 "processes, or give each a batch, with a total that does, or go on from a checkpoint at the end of an epoch"
@@ -92,7 +93,7 @@ def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
         decay: weight of the past, 0 <= decay < 1 (DDPM: 0.9999).
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"ema: decay={decay!r} is not allowed; it must be a number >= 0 and < 1")
+        raise UserError(f"ema: decay={decay!r} is not allowed; it must be a number >= 0 and < 1")
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
@@ -189,7 +190,7 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
         resume = str(found)
     fault = state_fault(Path(resume))
     if fault:
-        raise ValueError(f"cannot resume from {resume}: {fault}; name another one, or 'latest'")
+        raise UserError(f"cannot resume from {resume}: {fault}; name another one, or 'latest'")
     with ExitStack() as stack:
         for i, optimizer in enumerate(private.prepared_optimizers(accelerator)):
             stack.enter_context(loads_older_state(optimizer, Path(resume) / f"optimizer_{i}"))

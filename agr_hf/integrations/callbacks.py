@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from agr_hf.errors import UserError
 from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
 from agr_hf.optim.flags import is_suspended, unwrapped
@@ -48,7 +49,7 @@ class SuspendAGR(TrainerCallback):
 
     def __init__(self, at_epoch: float) -> None:
         if not is_at_least_zero(at_epoch):
-            raise ValueError(f"SuspendAGR: at_epoch={at_epoch!r} is not allowed; it must be a number >= 0")
+            raise UserError(f"SuspendAGR: at_epoch={at_epoch!r} is not allowed; it must be a number >= 0")
         self.at_epoch = at_epoch
         self.suspended = False
         self._to_log = False
@@ -136,7 +137,7 @@ class GradientStatistics(TrainerCallback):
 
     def __init__(self, every: int = 100, layers: bool = True) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"GradientStatistics: every={every!r} is not allowed; it must be a whole number >= 1")
+            raise UserError(f"GradientStatistics: every={every!r} is not allowed; it must be a whole number >= 1")
         self.every = every
         self.layers = layers
         self._pending: dict[str, list[float]] = {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agr_hf.errors import UserError
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.state import StatefulOptimizer
@@ -63,7 +64,7 @@ def resolve_checkpoint(
             return None
         resume = str(found)
     elif fault := checkpoint_fault(resume):
-        raise ValueError(
+        raise UserError(
             f"cannot resume from {resume}: {fault}; name another one, or 'latest' for the last complete one"
         )
     saved = len(list(Path(resume).glob("rng_state*.pth")))
@@ -107,7 +108,7 @@ def newest_complete(output_dir: Path, fault_of: Callable[[Path], str | None]) ->
         if fault is None:
             return folder
         if fault == WEIGHTS_ONLY:
-            raise ValueError(f"cannot resume from {folder}: {fault}")
+            raise UserError(f"cannot resume from {folder}: {fault}")
         logger.warning("%s is passed over: %s", folder, fault)
     return None
 
@@ -198,7 +199,7 @@ def weight_map_of(index: Path) -> dict[str, str]:
     table = json.loads(index.read_text(encoding="utf-8"))
     found = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"{index.name} is no index of weights")
+        raise UserError(f"{index.name} is no index of weights")
     return found
 
 
@@ -357,13 +358,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: str | os.PathLike[s
             raise FileNotFoundError(f"{folder / name} is missing; save_optimizer writes it")
         fault = file_fault(folder / name)
         if fault:
-            raise ValueError(f"{folder / name} {fault}")
+            raise UserError(f"{folder / name} {fault}")
     if not _is_optimizer_table(folder / OPTIMIZER_TABLE):
-        raise ValueError(f"{folder / OPTIMIZER_TABLE} is no table of save_optimizer")
+        raise UserError(f"{folder / OPTIMIZER_TABLE} is no table of save_optimizer")
     table = json.loads((folder / OPTIMIZER_TABLE).read_text(encoding="utf-8"))
     with safe_open(folder / OPTIMIZER_TENSORS, framework="pt") as file:
         if (file.metadata() or {}).get("step") != table["step"]:
-            raise ValueError(f"{OPTIMIZER_TENSORS} and {OPTIMIZER_TABLE} in {folder} are of different saves")
+            raise UserError(f"{OPTIMIZER_TENSORS} and {OPTIMIZER_TABLE} in {folder} are of different saves")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     optimizer.load_state_dict(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 
+from agr_hf.errors import UserError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainingArguments
@@ -48,7 +50,7 @@ def check_launch(launched: Accelerator | TrainingArguments) -> None:
 def _refuse_lonely_processes() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        raise ValueError(
+        raise UserError(
             f"{processes} processes were started, and each of them would train alone, on the same data, into the same "
             "folder: accelerate does not join processes without GPUs by default. Pass "
             "--use_cpu true (Trainer) or cpu=True (Accelerator; --cpu in this package's loops), or set ACCELERATE_USE_CPU=1"
@@ -64,7 +66,7 @@ def _refuse_lonely_processes() -> None:
             "training_scripts/accelerate_configs/cpu.yaml, or torchrun"
         )
         return
-    raise ValueError(
+    raise UserError(
         f"accelerate launch was asked for several machines (the first is {address}) and joins them to nothing: each would "
         "train alone, on the same data, into the same folder. It does so with --cpu, and for one GPU a machine without "
         "--multi_gpu. Start torchrun on each machine, or accelerate launch with --multi_gpu (without GPUs: with "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from agr_hf.errors import UserError
 from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import loads_older_state, resolve_checkpoint, weight_map_of
 from agr_hf.integrations.clipping import clip_in_step
@@ -113,7 +114,7 @@ def trainer_optimizer(
     info = optimizer_info(name)
     unknown = set(options) - set(inspect.signature(info.cls).parameters)
     if unknown:
-        raise ValueError(_unknown(info, sorted(unknown)))
+        raise UserError(_unknown(info, sorted(unknown)))
     weight_decay = options.pop("weight_decay", args.weight_decay)
     return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
 
@@ -327,18 +328,18 @@ def parse_optim_args(info: OptimizerInfo, text: str | None) -> dict[str, Any]:
     for entry in filter(None, (part.strip() for part in (text or "").split(","))):
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not value:
-            raise ValueError(f"optim_args: {entry!r} is not allowed; entries are name=value, separated by commas")
+            raise UserError(f"optim_args: {entry!r} is not allowed; entries are name=value, separated by commas")
         if key in BETAS:
             options[key] = _number(key, value)
         elif key not in accepted or key in FIELDS:
-            raise ValueError(_unknown(info, [key]))
+            raise UserError(_unknown(info, [key]))
         else:
             options[key] = _value(key, value, str(accepted[key].annotation))
     betas = [options.pop(key) for key in BETAS if key in options]
     if betas:
         default = accepted["betas"].default
         if len(betas) != len(default):
-            raise ValueError(f"optim_args: {info.name} takes {len(default)} betas, but {len(betas)} were given")
+            raise UserError(f"optim_args: {info.name} takes {len(default)} betas, but {len(betas)} were given")
         options["betas"] = tuple(betas)
     return options
 
@@ -355,7 +356,7 @@ def _number(key: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"optim_args: {key}={text!r} is not allowed; it must be a number") from None
+        raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be a number") from None
 
 
 def _value(key: str, text: str, annotation: str) -> Any:
@@ -365,9 +366,9 @@ def _value(key: str, text: str, annotation: str) -> Any:
     if "bool" in annotation:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        raise ValueError(f"optim_args: {key}={text!r} is not allowed; it must be true or false")
+        raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be true or false")
     if "int" in annotation:
         if text.isdecimal():
             return int(text)
-        raise ValueError(f"optim_args: {key}={text!r} is not allowed; it must be a whole number >= 0")
+        raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be a whole number >= 0")
     return _number(key, text) if "float" in annotation else text

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 from torch import Tensor
 
+from agr_hf.errors import UserError
+
 
 def is_at_least_zero(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= 0
@@ -131,7 +133,7 @@ def check_group(group: Mapping[str, Any], optimizer: str, options: Mapping[str, 
     """Raise a ValueError that names the argument, its value and its range for the first one that is out of range."""
 
     def refuse(key: str, allowed: str) -> None:
-        raise ValueError(f"{optimizer}: {key}={group[key]!r} is not allowed; it must be {allowed}")
+        raise UserError(f"{optimizer}: {key}={group[key]!r} is not allowed; it must be {allowed}")
 
     lr, betas = group["lr"], group["betas"]
     # The value of a tensor on a device is not looked at: reading it would wait for the device.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agr_hf.errors import UserError
 from agr_hf.optim.acprop import ACProp
 from agr_hf.optim.adal import AdaL
 from agr_hf.optim.adan import Adan, AGRAdan
@@ -81,7 +82,7 @@ def list_optimizers() -> list[str]:
 def optimizer_info(name: str) -> OptimizerInfo:
     """The record of an optimizer; a ValueError lists the names for one that is unknown."""
     if name not in OPTIMIZERS:
-        raise ValueError(f"there is no optimizer {name!r}; the names are {', '.join(OPTIMIZERS)}")
+        raise UserError(f"there is no optimizer {name!r}; the names are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 
 
@@ -98,9 +99,9 @@ def add_optimizer(reference: str) -> OptimizerInfo:
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"there is no optimizer {reference!r}: {error}; write it as MODULE:CLASS") from None
+        raise UserError(f"there is no optimizer {reference!r}: {error}; write it as MODULE:CLASS") from None
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ValueError(f"{reference!r} is no torch.optim.Optimizer")
+        raise UserError(f"{reference!r} is no torch.optim.Optimizer")
     info = OptimizerInfo(reference, cls, name, f"{name} of {module}", module)
     OPTIMIZERS[reference] = info
     return info

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from agr_hf.errors import UserError
 from agr_hf.optim.flattened import GivenLayers
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.options import check_group
@@ -85,7 +86,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             elif found.layout != torch.strided or not found.is_floating_point() or found.is_meta != param.is_meta:
                 what = f"has the layout {found.layout} and dtype {found.dtype} on {found.device}"
             if what:
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__}: {key} {what} and its parameter {tuple(param.shape)}; the state belongs to "
                     "another model, or the parameter was changed since: load this model's state, or take a new optimizer"
                 )
@@ -120,7 +121,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 other state keys. Nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping):
-            raise ValueError(f"{type(self).__name__} loads a state_dict, but {type(state_dict).__name__} was given")
+            raise UserError(f"{type(self).__name__} loads a state_dict, but {type(state_dict).__name__} was given")
         final: dict[str, Any] = {}
         before = [dict(group) for group in self.param_groups]
 
@@ -177,20 +178,20 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
             or not all(isinstance(entry, Mapping) for entry in entries.values())
         ):
-            raise ValueError(
+            raise UserError(
                 f"{name} loads what state_dict() returned, a dict with a dict `state` and a list `param_groups` of dicts "
                 "with `params`, but something else was given"
             )
         if any(group.get("amsgrad") for group in groups):
-            raise ValueError(f"this state was saved with amsgrad=True, which {name} does not have; start it afresh")
+            raise UserError(f"this state was saved with amsgrad=True, which {name} does not have; start it afresh")
         betas = [group.get("betas", ()) for group in groups]
         if any(not isinstance(some, (list, tuple)) or len(some) != self.betas_count for some in betas):
-            raise ValueError(
+            raise UserError(
                 f"this state was saved by another optimizer: {name} has {self.betas_count} betas; start {name} afresh"
             )
         sizes = [[len(group["params"]) for group in some] for some in (groups, self.param_groups)]
         if sizes[0] != sizes[1]:
-            raise ValueError(
+            raise UserError(
                 f"the state has groups of {sizes[0]} parameters, and {name} of {sizes[1]}; rebuild the optimizer with the "
                 "saved groups, load, and then say where AGR applies "
                 "(agr_hf.optim.param_groups.set_agr_flags(optimizer.param_groups, model))"
@@ -211,7 +212,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ours = not self.l2_decay({**self.defaults, **group})  # type: ignore[attr-defined]
             if decoupled is not None and group.get("weight_decay") and decoupled != ours:
                 kinds = ("decoupled", "L2") if decoupled else ("L2", "decoupled")
-                raise ValueError(
+                raise UserError(
                     f"this state was saved with a weight decay of {group['weight_decay']} that is {kinds[0]}, and that of "
                     f"{name} is {kinds[1]}; load it into {'AGRAdamW' if decoupled else 'AGRAdam'}, or start {name} afresh"
                 )
@@ -223,14 +224,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         missing = [key for key in needed if key not in entry]
         # timm's Adopt has Adam's keys, of moments of another kind, and groups that say `decoupled` as AdaL's do.
         if missing or foreign & set(entry) or (foreign_groups and "decoupled" not in self.defaults):
-            raise ValueError(
+            raise UserError(
                 f"this state was saved by another optimizer: {name} needs {', '.join(needed)} for each parameter, and that "
                 f"of parameter {i} holds {', '.join(map(str, entry))}; start {name} afresh"
             )
         for key in ("step", *self.scalar_state):
             number = entry.get(key, 0.0)
             if not _is_number(number):
-                raise ValueError(
+                raise UserError(
                     f"{name}: {key} of parameter {i} must be a number >= 0 or a tensor with one, but {number!r} was given; "
                     "the state is broken: load another one"
                 )

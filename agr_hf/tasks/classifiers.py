@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from agr_hf.errors import UserError
 from agr_hf.tasks.digits import digits_model
 
 if TYPE_CHECKING:
@@ -132,14 +133,14 @@ def architecture(name: str, size: int, channels: int) -> tuple[str, dict[str, An
         size, channels: of the images. From 64 pixels patches are those of 64x64, from 112 those of ImageNet.
 
     Raises:
-        ValueError: timm knows no such architecture.
+        UserError: timm knows no such architecture.
     """
     import timm
 
     register_small_image_models()
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
-        raise ValueError(
+        raise UserError(
             f"there is no architecture {name!r}; names are {', '.join([*SMALL_STEMS, *ALIASES, 'vit-micro'])} and all of "
             "timm's (timm.list_models())"
         )
@@ -149,7 +150,7 @@ def architecture(name: str, size: int, channels: int) -> tuple[str, dict[str, An
     if size > 111:
         return name, arguments
     if name.startswith("vgg") and size < 32:
-        raise ValueError(
+        raise UserError(
             f"{name} halves images five times: {size} pixels are too few; pass --image_size 32, or another name"
         )
     if name in SMALL_STEMS:
@@ -182,7 +183,7 @@ def classifier(
         mean, std: of the channels, kept with the model for those who load it.
 
     Raises:
-        ValueError: there is no such architecture.
+        UserError: there is no such architecture.
     """
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification

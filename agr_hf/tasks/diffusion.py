@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agr_hf.errors import UserError
 from agr_hf.files import replaced_file
 from agr_hf.integrations.random_states import mixed_seed
 from agr_hf.optim.flags import unwrapped
@@ -103,16 +104,16 @@ def make_unet(name: str, size: int, channels: int, **overrides: Any) -> nn.Modul
         The network in float32, from diffusers' initialisation under the current seed.
 
     Raises:
-        ValueError: the name is unknown, or the size cannot be halved as often as the network does.
+        UserError: the name is unknown, or the size cannot be halved as often as the network does.
     """
     from diffusers import UNet2DModel
 
     if name not in UNETS:
-        raise ValueError(f"there is no U-Net {name!r}; the names are {', '.join(UNETS)}")
+        raise UserError(f"there is no U-Net {name!r}; the names are {', '.join(UNETS)}")
     config = {**UNETS[name], **overrides}
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
     if size < multiple or size % multiple:
-        raise ValueError(
+        raise UserError(
             f"the U-Net {name!r} halves images {multiple.bit_length() - 1} times: a size of {size} does not go; pass a "
             f"multiple of {multiple}, or another U-Net ({', '.join(UNETS)})"
         )
@@ -233,7 +234,7 @@ def sample_images(
         (count, channels, size, size), uint8, on the CPU.
 
     Raises:
-        ValueError: count or steps out of range.
+        UserError: count or steps out of range.
     """
     from accelerate.utils import gather_object
     from diffusers import DDIMPipeline
@@ -241,9 +242,9 @@ def sample_images(
     scheduler = ddpm_scheduler() if scheduler is None else scheduler
     most = scheduler.config["num_train_timesteps"]
     if count < 1:
-        raise ValueError(f"count={count} is not allowed; it must be at least 1")
+        raise UserError(f"count={count} is not allowed; it must be at least 1")
     if not 1 <= steps <= most:
-        raise ValueError(
+        raise UserError(
             f"steps={steps} is not allowed; it must be 1 to {most}, the steps that the model was trained on"
         )
     pipeline: Any = DDIMPipeline(unet.eval(), scheduler)

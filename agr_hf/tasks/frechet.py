@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agr_hf.errors import UserError
 from agr_hf.files import replaced_file
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,13 @@ def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNet
         device: where it runs.
 
     Raises:
-        ValueError: the name says nothing, or the weights cannot be had.
+        UserError: the name says nothing, or the weights cannot be had.
     """
     kind, _, rest = name.partition(":")
     if name == "pixels":
         return FeatureNetwork("pixels", "pixels", lambda images: images.flatten(1))
     if not rest:
-        raise ValueError(
+        raise UserError(
             f"there is no feature network {name!r}; name 'pixels', 'timm:MODEL', 'resnet20:FILE' or "
             "'PACKAGE.MODULE:FACTORY'"
         )
@@ -82,7 +83,7 @@ def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNet
         try:
             network = getattr(importlib.import_module(kind), rest)()
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"the feature network {name!r} cannot be imported: {error}") from error
+            raise UserError(f"the feature network {name!r} cannot be imported: {error}") from error
         reported = rest
     network = network.eval().requires_grad_(False).to(device)
     return FeatureNetwork(reported, f"{reported}-{_digest(*network.state_dict().values())}", network)
@@ -95,12 +96,12 @@ def image_features(
     """Features (n, d) in float32 on the CPU, of images (n, channels, height, width) in uint8.
 
     Raises:
-        ValueError: the network gives something else than one vector an image.
+        UserError: the network gives something else than one vector an image.
     """
     parts = [network.forward(part.to(device).float() / 255).float().cpu() for part in images.split(batch_size)]
     features = torch.cat(parts)
     if features.ndim != 2 or len(features) != len(images):
-        raise ValueError(
+        raise UserError(
             f"the network {network.name!r} gives {tuple(features.shape)} for {len(images)} images; it must be one vector "
             "for each: (n, d)"
         )
@@ -139,7 +140,7 @@ def load_statistics(path: str | os.PathLike[str], identity: str = "") -> Statist
     """Read what `save_statistics` wrote.
 
     Raises:
-        ValueError: the file is damaged, or of something else than `identity`.
+        UserError: the file is damaged, or of something else than `identity`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -147,12 +148,10 @@ def load_statistics(path: str | os.PathLike[str], identity: str = "") -> Statist
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("statistics", "{}"))
             if about.get("identity") != identity:
-                raise ValueError(
-                    f"{path} holds statistics of {about.get('identity')!r}, not of {identity!r}: remove it"
-                )
+                raise UserError(f"{path} holds statistics of {about.get('identity')!r}, not of {identity!r}: remove it")
             return Statistics(file.get_tensor("mean"), file.get_tensor("covariance"), about["count"])
     except SafetensorError as error:
-        raise ValueError(f"{path} is no file of statistics ({error}): remove it") from error
+        raise UserError(f"{path} is no file of statistics ({error}): remove it") from error
 
 
 def image_statistics(
@@ -211,11 +210,10 @@ def inception_weights() -> None:
     """See to it that torch-fidelity and Inception's weights are here, downloading these where they are not.
 
     Raises:
-        ImportError: torch-fidelity is missing.
-        ValueError: the weights cannot be had; the message says where to put them.
+        UserError: torch-fidelity is missing, or the weights could not be loaded; the message says where to put them.
     """
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ImportError(
+        raise UserError(
             "FID and IS need torch-fidelity: pip install torch-fidelity; or take a Frechet distance on a network at hand "
             "(--features)"
         )
@@ -224,7 +222,7 @@ def inception_weights() -> None:
         # Before torch-fidelity does it: checked against the hash in the name, and without pickle.
         torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"FID and IS need Inception's weights, which cannot be had ({error}); download {INCEPTION_URL} where there is a "
             f"network and put it into {folder}, or take a Frechet distance on a network at hand (--features)"
         ) from error
@@ -251,7 +249,7 @@ def inception_metrics(
         `fid`, `inception_score` and `inception_score_std` (over 10 splits).
 
     Raises:
-        ImportError, ValueError: see `inception_weights`.
+        UserError: see `inception_weights`.
     """
     inception_weights()
     import torch_fidelity
@@ -324,7 +322,7 @@ def _timm_network(model: str) -> nn.Module:
     try:
         network = timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:  # whatever timm, the Hub's client or the network raise
-        raise ValueError(
+        raise UserError(
             f"the timm model {model!r} cannot be had: {(str(error) or type(error).__name__).splitlines()[0]} Without a "
             "network, name 'pixels', 'resnet20:FILE' or 'PACKAGE.MODULE:FACTORY'"
         ) from error
@@ -370,7 +368,7 @@ def _resnet20(path: str) -> nn.Module:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise ValueError(f"{path} cannot be read as weights of ResNet-20: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as weights of ResNet-20: {str(error).splitlines()[0]}") from error
     # akamaster saved a DataParallel, with the classifier.
     state = {key.removeprefix("module."): value for key, value in saved.get("state_dict", saved).items()}
     state = {key: value for key, value in state.items() if not key.startswith("linear.")}
@@ -378,6 +376,6 @@ def _resnet20(path: str) -> nn.Module:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds no ResNet-20 of akamaster/pytorch_resnet_cifar10: {error}") from error
+        raise UserError(f"{path} holds no ResNet-20 of akamaster/pytorch_resnet_cifar10: {error}") from error
     # Their training images were normalized with ImageNet's mean and deviation.
     return _Normalized(network, None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

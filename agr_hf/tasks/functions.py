@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -43,6 +44,13 @@ FUNCTIONS = {
     "rastrigin": TestFunction("rastrigin", rastrigin, (-2.0, 3.5), (0.0, 0.0), (-4.5, 4.5, -4.5, 4.5), False),
     "rosenbrock": TestFunction("rosenbrock", rosenbrock, (-2.0, 2.0), (1.0, 1.0), (-2.5, 2.0, -1.5, 3.0), True),
 }
+
+
+def moved(function: TestFunction, seed: int) -> TestFunction:
+    """The function with its start moved by N(0, 0.1^2) in each coordinate, drawn with a seed."""
+    shift = numpy.random.default_rng(seed).normal(0, 0.1, 2)
+    x, y = function.start
+    return replace(function, start=(float(x + shift[0]), float(y + shift[1])))
 
 
 def trajectory(function: TestFunction, optimizer: str, lr: float, steps: int) -> Tensor:

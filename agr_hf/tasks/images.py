@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from agr_hf.errors import UserError
 from agr_hf.integrations.epochs import EpochData
 from agr_hf.integrations.random_states import mixed_seed
 from agr_hf.tasks.digits import load_digits
@@ -160,23 +161,23 @@ def load_images(
         The data. Images that cannot be decoded are left out, and named in a warning.
 
     Raises:
-        ValueError: the data cannot be had, or a label is out of range; the message says what to pass.
+        UserError: the data cannot be had, or a label is out of range; the message says what to pass.
     """
     if augmentation not in AUGMENTATIONS:
-        raise ValueError(f"augmentation={augmentation!r} is not allowed; it must be one of {', '.join(AUGMENTATIONS)}")
+        raise UserError(f"augmentation={augmentation!r} is not allowed; it must be one of {', '.join(AUGMENTATIONS)}")
     if (train_file is None) != (test_file is None):
-        raise ValueError("train_file and test_file go together: one of them was given")
+        raise UserError("train_file and test_file go together: one of them was given")
     for key, value in (("max_train", max_train), ("max_test", max_test), ("size", size)):
         if value is not None and value < 1:
-            raise ValueError(f"{key}={value} is not allowed; it must be at least 1, or not given")
+            raise UserError(f"{key}={value} is not allowed; it must be at least 1, or not given")
     for file in (train_file, test_file):
         if file is not None and not Path(file).is_file():
-            raise ValueError(
+            raise UserError(
                 f"there is no file {file!r}; train_file and test_file are parquet files with image and label"
             )
     if name == "digits" and train_file is None:
         if size not in (None, 8):
-            raise ValueError(f"size={size} is not allowed; the digits are 8 x 8")
+            raise UserError(f"size={size} is not allowed; the digits are 8 x 8")
         return _digits(augmentation, max_train, max_test, seed)
     source = SOURCES.get(name)
     train_rows, test_rows, test_split = _rows(name, source, train_file, test_file)
@@ -193,9 +194,9 @@ def load_images(
     names = _label_names(train_rows, source, train[1])
     for what, (_, labels) in (("train", train), ("test", test)):
         if len(labels) == 0:
-            raise ValueError(f"the {what} set of {name!r} has no image that can be read")
+            raise UserError(f"the {what} set of {name!r} has no image that can be read")
         if int(labels.min()) < 0 or int(labels.max()) >= len(names):
-            raise ValueError(
+            raise UserError(
                 f"the {what} set of {name!r} has labels from {int(labels.min())} to {int(labels.max())}, but "
                 f"{len(names)} classes; labels must count from 0"
             )
@@ -334,7 +335,7 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
         where = (
             f"the Hub ({source.hub_id})" if source else "the Hub, and is no folder and none of " + ", ".join(SOURCES)
         )
-        raise ValueError(
+        raise UserError(
             f"the data set {name!r} cannot be had from {where}: {str(error).splitlines()[0]}. Without a network, pass "
             "train_file and test_file (parquet files with image and label), a folder with train and test in it, or "
             "'digits'"
@@ -346,7 +347,7 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
     )
     missing = [split for split in splits if split not in loaded]
     if missing:
-        raise ValueError(f"the data set {name!r} has the splits {', '.join(loaded)}; {', '.join(missing)} is needed")
+        raise UserError(f"the data set {name!r} has the splits {', '.join(loaded)}; {', '.join(missing)} is needed")
     return loaded[splits[0]], loaded[splits[1]], splits[1]
 
 
@@ -360,7 +361,7 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
     wanted = [source.label] if source else []
     label_column = next((c for c in [*wanted, "label", "labels", "fine_label"] if c in rows.column_names), None)
     if image_column is None or label_column is None:
-        raise ValueError(f"the {what} set has the columns {', '.join(rows.column_names)}; needed are image and label")
+        raise UserError(f"the {what} set has the columns {', '.join(rows.column_names)}; needed are image and label")
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     images, labels, broken = [], [], []

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from agr_hf.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -103,7 +105,7 @@ def apply_recipe(
     values = dict(recipes[name])
     (batch,) = {action.dest for action in parser._actions} & set(BATCH_ARGUMENTS)
     total, processes = values.pop("total_batch_size"), int(os.environ.get("WORLD_SIZE", "1"))
-    if total % processes and batch not in given(argv):
+    if total % processes and batch not in given_arguments(parser, argv):
         parser.error(
             f"the recipe {name!r} has batches of {total}, which {processes} processes cannot share; start another number of "
             f"processes, or pass --{batch}"
@@ -116,19 +118,34 @@ def apply_recipe(
     parser.set_defaults(**values)
 
 
-def given(argv: Sequence[str] | None = None) -> set[str]:
-    """Names of the arguments on a command line, as `lr_gamma` of `--lr-gamma=0.2`."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+class _Given(argparse.Namespace):
+    """What a parser is told: it leaves defaults out where it finds a value, and here it finds None for every name."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def given_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arguments that a command line gives, by name and with their types: no defaults, of the parser or of a recipe.
+
+    Args:
+        parser: of the script.
+        argv: None for the command line of this process.
+
+    Raises:
+        SystemExit: the parser refuses the command line.
+    """
+    return vars(parser.parse_args(argv, _Given()))
 
 
 def refuse_data_parallel(args: TrainingArguments) -> None:
-    """Raise ValueError where Trainer would train on several GPUs from one process, with so many times the batch.
+    """Raise UserError where Trainer would train on several GPUs from one process, with so many times the batch.
 
     Neither a recipe's batch nor that of `results.json` would be the one of the run.
     """
     if args.n_gpu > 1:
-        raise ValueError(
+        raise UserError(
             f"one process sees {args.n_gpu} GPUs and would train {args.n_gpu} batches as one; start the script with "
             f"torchrun --nproc_per_node {args.n_gpu}, or show it one (CUDA_VISIBLE_DEVICES=0)"
         )

@@ -1,23 +1,16 @@
-"""What every run leaves behind: `results.json`, with all that is needed to judge and to repeat it."""
+"""What the scripts share around a run: its folder, how it ends, and the parts of its record."""
 
 from __future__ import annotations
 
-import dis
-import json
+import logging
 import math
 import os
-import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from agr_hf.environment import environment
-from agr_hf.files import write_text
+from agr_hf.errors import UserError
 from agr_hf.integrations.checkpoints import latest_checkpoint
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.flattened import layer_groups
@@ -28,101 +21,27 @@ if TYPE_CHECKING:
 
 # Data sets that come with packages.
 EMBEDDED = ("digits", "pydoc-topics")
-# Arguments that hold a token, also abbreviated, as argparse takes them.
-TOKEN_ARGUMENTS = re.compile(r"--(push_to_)?hub_t\w*")
-# Arguments that say where a run goes, not what it is.
-PRIVATE = ("push_to_hub_token", "logging_dir", "output_dir", "run_name")
-
-
-def write_results(
-    output_dir: str | os.PathLike[str],
-    *,
-    script: str,
-    argv: Sequence[str] | None,
-    task: str,
-    optimizer: str,
-    groups: Sequence[Mapping[str, Any]],
-    seed: int,
-    config: Mapping[str, Any],
-    dataset: Mapping[str, Any],
-    epochs: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, Any],
-    seconds: float,
-    device: torch.device,
-    gradients: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write `results.json`, whole or not at all, and return what it holds.
-
-    No absolute path, user or host name, token or environment variable is among it.
-
-    Args:
-        output_dir: the run's folder.
-        script: the script's file.
-        argv: its arguments; None for those of the command line.
-        task: "image-classification", "albert" or "ddpm".
-        optimizer: its name in `list_optimizers()`.
-        groups: what `optimizer_groups` says of it.
-        seed: of the run.
-        config: every argument of the run.
-        dataset: what `dataset_of` says.
-        epochs: one mapping for each epoch or evaluation, with its "epoch" (or "step") and metrics.
-        metrics: at the end.
-        seconds: of training.
-        device: that it ran on.
-        gradients: what `gradients_of` says.
-    """
-    results = {
-        "task": task,
-        "optimizer": optimizer,
-        "seed": seed,
-        "command": command(script, argv),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "commit": commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": seconds,
-        "metrics": metrics,
-        "dataset": dataset,
-        "optimizer_groups": groups,
-        "gradients": gradients or {},
-        "epochs": list(epochs),
-        "config": {key: value for key, value in config.items() if key not in PRIVATE and not key.startswith("hub_")},
-        **environment(device),
-    }
-    results = plain(results)
-    write_text(Path(output_dir) / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    return results
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: what the package or the script itself refuses is said in a sentence, without a traceback.
+    """Run a script's `main`: an error for the user is said in a sentence, all others keep their traceback.
 
-    Refused is what a `raise` statement there raises; all other errors keep their traceback. Processes of a launcher take
-    their leave of each other, as NCCL asks for.
+    The first process logs what happens, the others only warnings. Processes of a launcher destroy their process group at
+    the end, as NCCL asks for.
 
     Raises:
-        SystemExit: something was refused.
+        SystemExit: `main` raised a `UserError`.
     """
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
-        last = error.__traceback__
-        while last and last.tb_next:
-            last = last.tb_next
-        script = Path(main.__code__.co_filename)
-        if last and _raised_by_us(last, script):
-            raise SystemExit(f"{script.name}: {error}") from None
-        raise
+    except UserError as error:
+        raise SystemExit(f"{Path(main.__code__.co_filename).name}: {error}") from None
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _raised_by_us(last: TracebackType, script: Path) -> bool:
-    code = last.tb_frame.f_code
-    place = Path(code.co_filename).resolve()
-    ours = place == script.resolve() or place.is_relative_to(Path(__file__).resolve().parents[1])
-    return ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def refuse_used(
@@ -130,7 +49,7 @@ def refuse_used(
     resume: str | None,
     latest: Callable[[Path], Path | None] = latest_checkpoint,
 ) -> None:
-    """Raise ValueError where a new run would overwrite another one, or leave its checkpoints among its own.
+    """Raise UserError where a new run would overwrite another one, or leave its checkpoints among its own.
 
     Args:
         output_dir: the run's folder.
@@ -140,11 +59,11 @@ def refuse_used(
     folder = Path(output_dir)
     finished = (folder / "results.json").exists()
     if resume is None and (finished or next(folder.glob("checkpoint-*"), None)):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run already; go on with it (--resume_from_checkpoint latest), or pass another --output_dir"
         )
     if resume == "latest" and finished and latest(folder) is None:
-        raise ValueError(f"{folder} holds a finished run, and no checkpoint to go on from; pass another --output_dir")
+        raise UserError(f"{folder} holds a finished run, and no checkpoint to go on from; pass another --output_dir")
 
 
 def plain(value: Any) -> Any:
@@ -160,27 +79,6 @@ def plain(value: Any) -> Any:
     return public(str(getattr(value, "value", value)))
 
 
-def command(script: str, argv: Sequence[str] | None = None) -> str:
-    """The command line that repeats a run: without tokens and the machine's paths, of which the last part is kept."""
-    words = map(public, without_token_arguments(sys.argv[1:] if argv is None else argv))
-    processes = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
-    return shlex.join([*launcher, f"training_scripts/{Path(script).name}", *words])
-
-
-def without_token_arguments(argv: Sequence[str]) -> list[str]:
-    """The arguments of a command but for `--hub_token` and its likes, however they are written."""
-    words, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, _ = word.partition("=")
-        if not TOKEN_ARGUMENTS.fullmatch(name.replace("-", "_").replace("__", "--", 1)):
-            words.append(word)
-        elif not equals and rest:
-            rest.pop(0)
-    return words
-
-
 def commit() -> str | None:
     """The git commit of the checkout that the package runs from, with "-dirty" where files differ; None outside of one."""
     folder = Path(__file__).parents[2]
@@ -193,7 +91,7 @@ def commit() -> str | None:
         return None
 
 
-def dataset_of(
+def describe_dataset(
     name: str,
     examples: int,
     files: Sequence[str | None] = (),
@@ -204,7 +102,7 @@ def dataset_of(
     complete: bool = True,
     config: str | None = None,
 ) -> dict[str, Any]:
-    """What a run was trained and evaluated on, for `results.json`: of files, only their names are known to others.
+    """What a run was trained and evaluated on, for its record: of files, only their names are known to others.
 
     Args:
         name: as the script was given it: of a data set that comes with a package, a local folder or file, or a Hub id.
@@ -257,7 +155,7 @@ def lower_is_better(metric: str) -> bool:
     return not {"loss", "perplexity", "distance", "fid", "error"}.isdisjoint(metric.split("_"))
 
 
-def gradients_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_gradients(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What AGR did to the gradients in a run: means over its measurements, of the largest share the maximum.
 
     Args:
@@ -292,13 +190,13 @@ def gradients_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"measurements": measurements, "overall": layers.pop("overall"), "layers": layers}
 
 
-def evaluation_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_metrics(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What `Trainer.evaluate` found, without the prefix and without how long it took."""
     found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
     return {key: value for key, value in found.items() if key != "runtime" and not key.endswith("_per_second")}
 
 
-def epochs_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarize_epochs(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Trainer's log as one mapping for each epoch: the mean training loss since the last, and what evaluation found.
 
     A second evaluation at the same step is left out.
@@ -313,6 +211,8 @@ def epochs_of(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if any(key.startswith("eval_") for key in entry) and not (epochs and epochs[-1]["step"] == entry["step"]):
             steps = sum(steps for _, steps in losses)
             loss = sum(loss * steps for loss, steps in losses) / steps if steps else None
-            epochs.append({"epoch": entry["epoch"], "step": entry["step"], "train_loss": loss, **evaluation_of(entry)})
+            epochs.append(
+                {"epoch": entry["epoch"], "step": entry["step"], "train_loss": loss, **evaluation_metrics(entry)}
+            )
             losses = []
     return epochs

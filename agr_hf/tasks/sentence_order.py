@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from agr_hf.errors import UserError
 from agr_hf.integrations.epochs import EpochData
 from agr_hf.metrics import metric_path
 from agr_hf.tasks.text import Article, split_sentences
@@ -41,7 +42,7 @@ class SentenceChunks(EpochData, Dataset[dict[str, Any]]):
         dynamic: whether they differ from epoch to epoch; False for evaluation. Default True.
 
     Raises:
-        ValueError: max_length is less than 16, the tokenizer is not a fast one, or no article has two sentences.
+        UserError: max_length is less than 16, the tokenizer is not a fast one, or no article has two sentences.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class SentenceChunks(EpochData, Dataset[dict[str, Any]]):
         dynamic: bool = True,
     ) -> None:
         if max_length < 16:
-            raise ValueError(f"max_length={max_length} is not allowed; it must be at least 16")
+            raise UserError(f"max_length={max_length} is not allowed; it must be at least 16")
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} does not say where words begin; pass a fast tokenizer")
+            raise UserError(f"{type(tokenizer).__name__} does not say where words begin; pass a fast tokenizer")
         super().__init__()
         self.seed, self.dynamic = seed, dynamic
         room = max_length - 3
@@ -88,7 +89,7 @@ class SentenceChunks(EpochData, Dataset[dict[str, Any]]):
                 chunks.append((first, len(ids)))
                 articles_of_chunks.append(number)
         if not chunks:
-            raise ValueError("the text has no article of two sentences, which pairs are made of; pass a larger text")
+            raise UserError("the text has no article of two sentences, which pairs are made of; pass a larger text")
         self.chunks = chunks
         self.articles = articles_of_chunks
         # Flat: one array for each sentence would be most of the memory of a large corpus.
@@ -111,10 +112,10 @@ class SentenceChunks(EpochData, Dataset[dict[str, Any]]):
         """Keep the first chunks only, all with None. Returns itself.
 
         Raises:
-            ValueError: count is less than 1.
+            UserError: count is less than 1.
         """
         if count is not None and count < 1:
-            raise ValueError(f"{count} samples are not allowed; give at least 1, or None for all")
+            raise UserError(f"{count} samples are not allowed; give at least 1, or None for all")
         del self.chunks[len(self.chunks) if count is None else count :]
         return self
 
@@ -155,7 +156,7 @@ class PretrainingCollator:
         swap_probability: default 0.5.
 
     Raises:
-        ValueError: a share is not between 0 and 1, max_ngram is less than 1, or the tokenizer lacks a token.
+        UserError: a share is not between 0 and 1, max_ngram is less than 1, or the tokenizer lacks a token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -166,12 +167,12 @@ class PretrainingCollator:
     def __post_init__(self) -> None:
         for name in ("mlm_probability", "swap_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be between 0 and 1")
+                raise UserError(f"{name}={getattr(self, name)!r} is not allowed; it must be between 0 and 1")
         if self.max_ngram < 1:
-            raise ValueError(f"max_ngram={self.max_ngram!r} is not allowed; it must be at least 1")
+            raise UserError(f"max_ngram={self.max_ngram!r} is not allowed; it must be at least 1")
         for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
             if getattr(self.tokenizer, name) is None:
-                raise ValueError(f"the tokenizer has no {name}; ALBERT needs one")
+                raise UserError(f"the tokenizer has no {name}; ALBERT needs one")
         self._special = frozenset(self.tokenizer.all_special_ids)
         self._ordinary = [i for i in range(len(self.tokenizer)) if i not in self._special]
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agr_hf.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -114,7 +116,7 @@ def load_articles(source: str, split: str, config: str | None = None) -> list[Ar
         config: of the Hub's data set. Default: what `PINNED` says.
 
     Raises:
-        ValueError: no such split, file or data set, or it has no articles; the message says what to pass.
+        UserError: no such split, file or data set, or it has no articles; the message says what to pass.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known; it must be one of {', '.join(SPLITS)}")
@@ -127,11 +129,11 @@ def load_articles(source: str, split: str, config: str | None = None) -> list[Ar
     elif path.is_file():
         articles = _read(path)
     elif path.is_absolute() or path.suffix in (*TEXT_SUFFIXES, ".parquet"):
-        raise ValueError(f"there is no file {source!r}; pass a {', '.join(TEXT_SUFFIXES)} or .parquet file")
+        raise UserError(f"there is no file {source!r}; pass a {', '.join(TEXT_SUFFIXES)} or .parquet file")
     else:
         articles = parse_rows(_from_hub(source, split, config))
     if not articles:
-        raise ValueError(
+        raise UserError(
             f"{source!r} has no articles in its {split} split; an article begins at a line `= Title =` of its own, or is a "
             "row of the column `text`"
         )
@@ -148,7 +150,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         if found:
             return found
     there = ", ".join(f.name for f in files) or "no text or parquet file"
-    raise ValueError(
+    raise UserError(
         f"{folder.name!r} has no files of the {split} split, only {there}; name a file with --train_file or "
         "--validation_file"
     )
@@ -161,12 +163,12 @@ def _read(path: Path) -> list[Article]:
         data = Dataset.from_parquet(str(path), keep_in_memory=True)
         return parse_rows(_column(data, path.name))
     if path.suffix not in TEXT_SUFFIXES:
-        raise ValueError(f"{path.name!r} is not read; pass a {', '.join(TEXT_SUFFIXES)} or .parquet file")
+        raise UserError(f"{path.name!r} is not read; pass a {', '.join(TEXT_SUFFIXES)} or .parquet file")
     try:
         # Not splitlines(): it also breaks at the form feeds and Unicode separators within paragraphs.
         return parse_wikitext(path.read_text(encoding="utf-8").split("\n"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{path.name!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def hub_source(name: str) -> tuple[str, str] | None:
@@ -186,7 +188,7 @@ def _from_hub(name: str, split: str, config: str | None) -> Sequence[str]:
     try:
         data = load_dataset(name, config or default_config(name), split=split, revision=revision)
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
-        raise ValueError(
+        raise UserError(
             f"the data set {name!r} could not be had from the Hub ({type(error).__name__}) and is no local file or folder; "
             f"without a network pass --dataset_name {EMBEDDED}, a folder with wiki.train.tokens and wiki.valid.tokens, or "
             "--train_file and --validation_file"
@@ -196,7 +198,7 @@ def _from_hub(name: str, split: str, config: str | None) -> Sequence[str]:
 
 def _column(data: Any, name: str) -> Sequence[str]:
     if "text" not in data.column_names:
-        raise ValueError(f"{name!r} has the columns {', '.join(data.column_names)}, but no column `text`")
+        raise UserError(f"{name!r} has the columns {', '.join(data.column_names)}, but no column `text`")
     return data["text"][:]
 
 
@@ -249,13 +251,13 @@ def train_tokenizer(articles: Iterable[Article], vocab_size: int = 30_000) -> Pr
         vocab_size: at most; a small corpus gives fewer. Default 30,000, ALBERT's.
 
     Raises:
-        ValueError: vocab_size is less than 100, or too small for the characters of the text.
+        UserError: vocab_size is less than 100, or too small for the characters of the text.
     """
     from tokenizers import trainers
     from transformers import AlbertTokenizer
 
     if vocab_size < 100:
-        raise ValueError(f"vocab_size={vocab_size} is not allowed; it must be at least 100")
+        raise UserError(f"vocab_size={vocab_size} is not allowed; it must be at least 100")
     empty = AlbertTokenizer()
     special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.UnigramTrainer(

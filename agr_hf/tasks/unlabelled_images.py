@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agr_hf.errors import UserError
 from agr_hf.tasks.digits import load_digits
 from agr_hf.tasks.images import SOURCES, open_image
 
@@ -45,16 +46,16 @@ def load_unlabelled_images(
         (n, channels, size, size), uint8. Files that are no images are left out, counted and named in a warning.
 
     Raises:
-        ValueError: nothing is there, nothing can be decoded, there is no network; the message says what to pass.
+        UserError: nothing is there, nothing can be decoded, there is no network; the message says what to pass.
     """
     if channels not in (None, 1, 3):
-        raise ValueError(
+        raise UserError(
             f"channels={channels!r} is not allowed; it must be 1 (grey) or 3 (RGB), or None for the images' own"
         )
     if size is not None and size < 1:
-        raise ValueError(f"size={size} is not allowed; it must be at least 1, or None for the images' own")
+        raise UserError(f"size={size} is not allowed; it must be at least 1, or None for the images' own")
     if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images={max_images} is not allowed; it must be at least 1, or None for all")
+        raise UserError(f"max_images={max_images} is not allowed; it must be at least 1, or None for all")
     source = os.fspath(source)
     images: list[Tensor] = []
     broken = []
@@ -70,7 +71,7 @@ def load_unlabelled_images(
         if not images:
             channels, height, width = picture.shape
             if height != width:
-                raise ValueError(f"{name} of {source} is {width}x{height} and not square; pass size (--resolution)")
+                raise UserError(f"{name} of {source} is {width}x{height} and not square; pass size (--resolution)")
             size = height
         images.append(picture)
     if broken:
@@ -82,7 +83,7 @@ def load_unlabelled_images(
             ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else ""),
         )
     if not images:
-        raise ValueError(f"{source} has no image that can be read; pass another file, folder or Hub id, or 'digits'")
+        raise UserError(f"{source} has no image that can be read; pass another file, folder or Hub id, or 'digits'")
     return torch.stack(images)
 
 
@@ -109,7 +110,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{path} cannot be read as a parquet file: {error}") from error
+        raise UserError(f"{path} cannot be read as a parquet file: {error}") from error
     with file:
         schema = file.schema_arrow
 
@@ -122,7 +123,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             (n for n in ("image", "img", *schema.names) if n in schema.names and has_bytes(schema.field(n).type)), None
         )
         if column is None:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no column of encoded images (bytes, or a struct with bytes); its columns are "
                 f"{', '.join(schema.names)}"
             )
@@ -142,14 +143,14 @@ def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[tuple[s
     try:
         rows = datasets.load_dataset(hub_id, split=split, revision=revision)
     except Exception as error:  # whatever datasets, the Hub's client or the network raise
-        raise ValueError(
+        raise UserError(
             f"the images {source!r} cannot be had: there is no such file or folder, and the Hub answers: "
             f"{(str(error) or type(error).__name__).splitlines()[0]} Without a network, pass --train_data with a parquet "
             "file or a folder of images, or --dataset_name digits"
         ) from error
     column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
-        raise ValueError(
+        raise UserError(
             f"the data set {source!r} has no column of images; its columns are {', '.join(rows.column_names)}"
         )
     for i, row in enumerate(rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))):

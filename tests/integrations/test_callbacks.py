@@ -23,7 +23,7 @@ from agr_hf.integrations.callbacks import (
 from agr_hf.integrations.trainer import train
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.statistics import agr_gradients, gradient_statistics
-from agr_hf.tasks.runs import gradients_of
+from agr_hf.tasks.runs import summarize_gradients
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -263,7 +263,7 @@ def test_measurements_between_two_entries_are_logged_as_their_mean(tmp_path):
         GradientStatistics(every=2).attach(trainer)
         trainer.train()
         history = [s for s in statistics_in(trainer.state.log_history) if s]
-        return history, gradients_of(trainer.state.log_history)
+        return history, summarize_gradients(trainer.state.log_history)
 
     each, of_each = overall(1)
     ((mean,), of_mean) = overall(20)
@@ -317,7 +317,7 @@ def test_statistics_as_a_mere_callback_reach_log_history_and_say_what_they_miss(
     assert "not wandb; call GradientStatistics(...).attach(trainer)" in caplog.text
 
 
-def test_statistics_equal_those_of_the_gradients_of_the_step(tmp_path):
+def test_statistics_equal_those_of_the_summarize_gradients_the_step(tmp_path):
     class Own(TrainerCallback):
         found = None
 
@@ -436,7 +436,7 @@ def test_measurements_before_a_checkpoint_are_in_it(tmp_path):
         trainer = trainer_of(small_model(), args)
         GradientStatistics(every=1).attach(trainer)
         train(trainer, resume)
-        return gradients_of(trainer.state.log_history)
+        return summarize_gradients(trainer.state.log_history)
 
     whole = trained()
     assert whole["measurements"] == 20

@@ -393,5 +393,5 @@ def test_fid_without_torch_fidelity_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ImportError, match=r"pip install torch-fidelity.*--features"):
+    with pytest.raises(ValueError, match=r"pip install torch-fidelity.*--features"):
         frechet.inception_metrics(images, images, cache_dir=tmp_path)

@@ -10,6 +10,7 @@ from launching import run_module
 from PIL import Image
 
 from agr_hf.tasks.diffusion import sample_images, write_grid
+from agr_hf.tasks.record import read_record
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 LAUNCHERS = {
@@ -45,7 +46,7 @@ def test_a_script_runs_under_a_launcher(script, launcher, tmp_path):
     processes = 2 if launcher == "torchrun" else 1
     assert results["processes"] == processes
     prefix = "torchrun --nproc_per_node 2" if processes == 2 else "python"
-    assert results["command"].startswith(f"{prefix} training_scripts/{script} ")
+    assert read_record(folder).command.startswith(f"{prefix} training_scripts/{script} ")
     assert results["metrics"]["loss"] > 0
     assert (folder / ("unet" if "ddpm" in script else "model.safetensors")).exists()
     if script == "train_ddpm.py":  # the processes share the samples, and draw those of one

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AlbertForPreTraining, AutoTokenizer, TrainerCallback
 
 from agr_hf import list_optimizers
 from agr_hf.integrations.checkpoints import latest_checkpoint
+from agr_hf.tasks import trainer_run
 from agr_hf.tasks.sentence_order import PretrainingCollator, SentenceChunks
 from agr_hf.tasks.text import EMBEDDED, load_articles, train_tokenizer
 
@@ -48,18 +48,21 @@ def arguments(folder, *words):
     ]
 
 
+def parse(script, words):
+    """The script's own arguments, those of every run, and Trainer's."""
+    return trainer_run.parse_run(script.make_parser(), words)[0]
+
+
 def test_training_beats_chance_and_the_saved_model_gives_the_same_outputs(script, tmp_path, monkeypatch):
     kept = {}
-    trainer_class = script.Trainer
+    trainer_class = trainer_run.Trainer
 
     def keep(model, *args, **kwargs):
         kept["model"] = model
         return trainer_class(model, *args, **kwargs)
 
-    monkeypatch.setattr(script, "Trainer", keep)
+    monkeypatch.setattr(trainer_run, "Trainer", keep)
     words = "--vocab_size 500 --num_train_epochs 5 --learning_rate 3e-3 --warmup_steps 0.1 --save_strategy no"
-    # results.json holds the command, which has no absolute path either.
-    monkeypatch.setattr(sys, "argv", ["train_albert.py", "--output_dir", str(tmp_path)])
     metrics = script.main(arguments(tmp_path, SIZES, words))
     # Naming the most frequent label scores 5.5% and this run 11.3%; the deviation over 1,065 masked tokens is 1%.
     assert metrics["masked_accuracy"] > metrics["majority_accuracy"] + MARGIN
@@ -95,12 +98,12 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_bits_of_a_whole_o
 
     script.main(arguments(tmp_path / "whole", TINY, words))
     with monkeypatch.context() as patch:
-        trainer_class = script.Trainer
+        trainer_class = trainer_run.Trainer
 
         def stopped(*args, callbacks, **kwargs):
             return trainer_class(*args, callbacks=[*callbacks, Stop()], **kwargs)
 
-        patch.setattr(script, "Trainer", stopped)
+        patch.setattr(trainer_run, "Trainer", stopped)
         script.main(arguments(tmp_path / "cut", TINY, words))
     # Six steps an epoch: step 8 is the second of the second epoch. What Trainer saves as it stops would be step 10.
     shutil.rmtree(tmp_path / "cut" / "checkpoint-10", ignore_errors=True)
@@ -139,22 +142,24 @@ def test_every_optimizer_runs(script, name, tokenizer, tmp_path):
 
 def test_recipes_are_defaults_that_the_command_line_wins_over(script, tmp_path):
     base = ["--output_dir", str(tmp_path)]
-    model, data, _, args = script.parse_args([*base, "--recipe", "agr-albert-authors"])
+    model, data, _, args = parse(script, [*base, "--recipe", "agr-albert-authors"])
     assert (model.hidden_size, model.num_hidden_layers, model.embedding_size) == (64, 6, 24)
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (1e-4, 25, 16)
     assert args.weight_decay in (0, 2e-4, 5e-4, 1e-3, 1e-2)
     explicit = "--weight_decay 0.01 --num_hidden_layers 2 --optim adamw --num_train_epochs 1".split()
-    model, data, _, args = script.parse_args([*base, "--recipe", "agr-albert", *explicit])
+    model, data, _, args = parse(script, [*base, "--recipe", "agr-albert", *explicit])
     assert (model.hidden_size, model.num_hidden_layers, args.weight_decay) == (768, 2, 0.01)
     assert (args.optim.value, args.num_train_epochs, args.learning_rate) == ("adamw", 1, 1e-4)
-    _, data, _, args = script.parse_args([*base, "--recipe", "albert-base"])
+    _, data, _, args = parse(script, [*base, "--recipe", "albert-base"])
     assert (data.max_seq_length, args.optim.value, args.weight_decay) == (512, "adamw", 0.01)
+    *_, args = parse(script, [*base, "--recipe", "albert-base", "--lr_milestones", "5"])
+    assert (args.lr_scheduler_type, args.warmup_steps) == ("constant", 0)  # the milestones are all the schedule
 
 
 def test_albert_base_has_the_published_number_of_parameters(script, tmp_path):
     from transformers import AlbertModel
 
-    model, _, _, _ = script.parse_args(["--output_dir", str(tmp_path), "--recipe", "albert-base"])
+    model, _, _, _ = parse(script, ["--output_dir", str(tmp_path), "--recipe", "albert-base"])
 
     class Tokenizer:
         pad_token_id, cls_token_id, sep_token_id = 0, 2, 3
@@ -163,7 +168,7 @@ def test_albert_base_has_the_published_number_of_parameters(script, tmp_path):
             return 30_000
 
     with torch.device("meta"):
-        encoder = AlbertModel(script.model_of(model, Tokenizer(), 512).config)
+        encoder = AlbertModel(script.make_model(model, Tokenizer(), 512).config)
     # 12M in the ALBERT paper's table 1; 11,683,584 is what albert-base-v2's encoder has.
     assert encoder.num_parameters() == 11_683_584
 
@@ -187,7 +192,7 @@ def test_bad_inputs_are_sentences(script, words, sentence, tokenizer, tmp_path):
 
 def test_an_unknown_recipe_is_answered_with_the_names(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        script.parse_args(["--output_dir", str(tmp_path), "--recipe", "albert"])
+        parse(script, ["--output_dir", str(tmp_path), "--recipe", "albert"])
     assert "agr-albert, agr-albert-authors, albert-base" in capsys.readouterr().err
 
 

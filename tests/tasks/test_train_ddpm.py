@@ -126,7 +126,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_there(tmp_path):
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_takes_steps(name, tmp_path):
     options = [*SHORT, "--optim", name, "--max_train_images", 64, "--train_batch_size", 16, "--num_epochs", 1]
-    results = train(tmp_path, *options, "--weight_decay", 0.01, "--no-use_ema", "--lr_warmup_steps", 1)
+    results = train(tmp_path, *options, "--weight_decay", 0.01, "--no_use_ema", "--lr_warmup_steps", 1)
     assert results["optimizer"] == name
     assert results["epochs"][0]["step"] == 4
     assert results["metrics"]["loss"] < 3
@@ -134,7 +134,7 @@ def test_every_optimizer_takes_steps(name, tmp_path):
 
 
 def parse(*options):
-    return runpy.run_path(str(SCRIPT))["parse_args"](["--output_dir", "x", *options])
+    return runpy.run_path(str(SCRIPT))["parse_args"](["--output_dir", "x", *options])[0]
 
 
 def test_the_papers_recipe_has_its_values_and_flags_win():
@@ -145,7 +145,7 @@ def test_the_papers_recipe_has_its_values_and_flags_win():
     assert values == (200, 0.9999, 1.0, 100)
     assert (args.num_eval_samples, args.fid, args.use_ema) == (50_000, True, True)
     assert UNETS[args.unet]["dropout"] == 0.1
-    args = parse("--learning_rate", "1e-3", "--no-fid", "--recipe", "agr-ddpm")
+    args = parse("--learning_rate", "1e-3", "--fid", "false", "--recipe", "agr-ddpm")
     assert (args.learning_rate, args.fid, args.train_batch_size) == (1e-3, False, 128)
 
 
@@ -166,6 +166,7 @@ def test_bad_flags_get_sentences(tmp_path, capsys):
         (["--num_epochs", "0"], "--num_epochs 0 is not allowed; it must be at least 1"),
         (["--agr_steps", "4", "--optim", "adal"], "--agr_steps is for the optimizers with AGR, and --optim is adal"),
         (["--lr_scheduler", "foo"], "choose from"),
+        (["--optim", "lion"], "--optim lion is not allowed; it must be one of agr_adamw, "),
         (["--num_grid_samples", "0"], "--num_grid_samples 0 is not allowed; it must be at least 1"),
         (["--eval_batch_size", "0"], "--eval_batch_size 0 is not allowed; it must be at least 1"),
         (

@@ -14,7 +14,7 @@ from agr_hf.experiments.claims.claim import Claim, Finding, Setting, interval
 from agr_hf.optim.adal import AdaL
 from agr_hf.optim.psi import agr
 from agr_hf.optim.registry import optimizer_info
-from agr_hf.tasks.functions import FUNCTIONS, TestFunction, squared_distance, trajectory
+from agr_hf.tasks.functions import FUNCTIONS, TestFunction, moved, squared_distance, trajectory
 
 # ----------------------------------------------------------------------------------------------- theorem 4.1
 
@@ -207,7 +207,7 @@ def measure_functions(setting: Setting) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # two numbers at a time
     names, steps = setting.options["optimizers"], 100
-    starts = {name: [_moved(function, seed) for seed in range(setting.seeds)] for name, function in FUNCTIONS.items()}
+    starts = {name: [moved(function, seed) for seed in range(setting.seeds)] for name, function in FUNCTIONS.items()}
     rates: dict[str, dict[str, float]] = {}
     distances: dict[str, dict[str, list[float]]] = {}
     for name, function in FUNCTIONS.items():
@@ -220,14 +220,6 @@ def measure_functions(setting: Setting) -> dict[str, Any]:
             ]
             setting.say(f"{name}, {optimizer}: rate {rate:.3g}")
     return {"steps": steps, "trials": setting.options["trials"], "rates": rates, "distances": distances}
-
-
-def _moved(function: TestFunction, seed: int) -> TestFunction:
-    from dataclasses import replace
-
-    shift = numpy.random.default_rng(seed).normal(0, 0.1, 2)
-    x, y = function.start
-    return replace(function, start=(x + shift[0], y + shift[1]))
 
 
 def _search_rate(function: TestFunction, optimizer: str, steps: int, trials: int) -> float:
