@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agr_hf.errors import UserError
 from agr_hf.version import __version__
 
 
@@ -313,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "install it, or all that the experiments need, in a checkout of agr_hf: pip install '.[train]'"
         print(f"agr-hf: {error.name} is not installed; {hint}", file=sys.stderr)
         return 1
-    except (OSError, ValueError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         print(f"agr-hf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

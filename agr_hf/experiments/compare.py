@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from agr_hf.environment import environment
+from agr_hf.errors import UserError
 from agr_hf.experiments.paired import Paired, bootstrap_interval, compare_paired, give_verdicts
 from agr_hf.experiments.processes import ScriptRun
 from agr_hf.experiments.report import write_reports
@@ -114,39 +115,39 @@ def plan_comparison(
     """What a command line asks for.
 
     Raises:
-        ValueError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, a
+        UserError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, a
             search without trials, or no such script.
     """
     names = list(dict.fromkeys(optimizers))
     baseline = baseline or names[0]
     if len(names) < 2 or baseline not in names:
-        raise ValueError(
+        raise UserError(
             f"compare takes two optimizers or more and a baseline among them, but {', '.join(names)} and the baseline "
             f"{baseline} were given"
         )
     if not margin > 0:
-        raise ValueError(f"margin={margin!r} is not allowed; it must be a number > 0")
+        raise UserError(f"margin={margin!r} is not allowed; it must be a number > 0")
     if bool(search) != (trials is not None):
-        raise ValueError("--search and --trials go together: where to look, and how often for each optimizer")
+        raise UserError("--search and --trials go together: where to look, and how often for each optimizer")
     own = [
         word for word in arguments if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in OWN_ARGUMENTS
     ]
     if own:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(own)} cannot stand behind --: compare itself gives the script {', '.join(OWN_ARGUMENTS)}"
         )
     grid = []
     for setting in settings:
         key, equals, values = setting.partition("=")
         if not (key and equals and all(values.split(","))):
-            raise ValueError(f"--set {setting} is not allowed; it must be ARGUMENT=VALUE,VALUE,... of the script")
+            raise UserError(f"--set {setting} is not allowed; it must be ARGUMENT=VALUE,VALUE,... of the script")
         grid.append([(key, value) for value in values.split(",")])
     cells = tuple(Cell(name, chosen) for chosen in product(*grid) for name in names)
     if any("/" in cell.name or cell.name.startswith(".") for cell in cells):
-        raise ValueError("optimizers and values of --set name folders, and cannot hold a /")
+        raise UserError("optimizers and values of --set name folders, and cannot hold a /")
     script = script_path(TASKS[task][0]) if task in TASKS else Path(task)
     if not script.is_file():
-        raise ValueError(f"there is no task and no script {task!r}; tasks are {', '.join(TASKS)}")
+        raise UserError(f"there is no task and no script {task!r}; tasks are {', '.join(TASKS)}")
     ranges = tuple(Range.parse(text) for text in search)
     return Comparison(script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0)
 
@@ -172,7 +173,7 @@ def compare(
         say: takes the lines for the user.
 
     Raises:
-        ValueError: the folder is of another comparison, or the database cannot be opened.
+        UserError: the folder is of another comparison, or the database cannot be opened.
         RuntimeError: runs failed; the others are done, and the message names the logs.
     """
     _claim(comparison, output)
@@ -225,7 +226,7 @@ def _claim(comparison: Comparison, output: Path) -> None:
         before = json.loads(mark.read_text())
         if before != json.loads(json.dumps(own)):
             searched = [of["argument"] for of in before.get("search", [])]
-            raise ValueError(
+            raise UserError(
                 f"{output} holds a comparison of {before['script']} with the arguments "
                 f"{shlex.join(before['arguments']) or '(none)'}"
                 + (f" and {before['trials']} trials of {', '.join(searched)}" if searched else "")

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from agr_hf.errors import UserError
 from agr_hf.experiments.charts import Interval, Series, draw_curves, draw_intervals, sample
 from agr_hf.files import write_text
 from agr_hf.optim.registry import OPTIMIZERS
@@ -27,7 +28,7 @@ def write_reports(folders: Sequence[Path], output: Path | None = None) -> list[P
         output: folder for the files; that of the first comparison by default.
 
     Raises:
-        ValueError: a folder holds no finished comparison.
+        UserError: a folder holds no finished comparison.
     """
     parts = [read_comparison(folder) for folder in folders]
     output = output or folders[0]
@@ -42,13 +43,13 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     """`comparison.json` of a folder, with the results of its runs under "runs", by optimizer.
 
     Raises:
-        ValueError: there is none, or it is not whole.
+        UserError: there is none, or it is not whole.
     """
     try:
         found: dict[str, Any] = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
         found["comparisons"], found["cells"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no finished comparison of agr-hf compare ({error})") from None
+        raise UserError(f"{folder} holds no finished comparison of agr-hf compare ({error})") from None
     runs: dict[str, list[dict[str, Any]]] = {}
     for cell in found["cells"]:
         for path in sorted((folder / "runs" / cell["folder"]).glob("seed-*/results.json")):

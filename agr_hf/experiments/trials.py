@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
+from agr_hf.errors import UserError
+
 # A worker says every few seconds that it lives. The runs of one that has been silent for longer are taken by others: it may
 # be on another machine, where nobody can look.
 BEAT, SILENT = 5, 60
@@ -32,7 +34,7 @@ def open_storage(url: str) -> RDBStorage:
     """A database of trials, by SQLAlchemy's URL, such as `sqlite:///trials.db` or `postgresql+psycopg2://user@host/name`.
 
     Raises:
-        ValueError: it cannot be opened; the message has no password.
+        UserError: it cannot be opened; the message has no password.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -55,7 +57,7 @@ def open_storage(url: str) -> RDBStorage:
         shown = make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
         shown = "the URL"
-    raise ValueError(f"--storage: {shown} cannot be opened: {reason}")
+    raise UserError(f"--storage: {shown} cannot be opened: {reason}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Range:
         """`learning_rate=1e-4..1e-2`, or `learning_rate=0.01,0.001`.
 
         Raises:
-            ValueError: it is not of that form, or the range is empty.
+            UserError: it is not of that form, or the range is empty.
         """
         argument, _, ends = text.partition("=")
         try:
@@ -87,7 +89,7 @@ class Range:
         if argument and ".." not in ends and len(numbers) > 1 and all(map(math.isfinite, numbers)):
             return cls(argument, choices=tuple(numbers))
         if not (argument and len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf):
-            raise ValueError(
+            raise UserError(
                 f"--search {text} is not allowed; it must be ARGUMENT=LOW..HIGH with LOW < HIGH, or ARGUMENT=A,B,..."
             )
         return cls(argument, numbers[0], numbers[1])

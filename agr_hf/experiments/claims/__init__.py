@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agr_hf.environment import environment
+from agr_hf.errors import UserError
 from agr_hf.experiments.claims import cost, gradients, theory, training
 from agr_hf.experiments.claims.claim import SIZES, VERDICTS, Claim, Finding, Setting
 from agr_hf.files import write_text
@@ -52,14 +53,14 @@ def run_claim(
         say: takes the lines for the user.
 
     Raises:
-        ValueError: there is no such claim, or it is not offered at that size.
+        UserError: there is no such claim, or it is not offered at that size.
         RuntimeError: runs failed.
     """
     if name not in CLAIMS:
-        raise ValueError(f"there is no claim {name!r}; the names are {', '.join(CLAIMS)}")
+        raise UserError(f"there is no claim {name!r}; the names are {', '.join(CLAIMS)}")
     claim = CLAIMS[name]
     if size not in claim.sizes:
-        raise ValueError(f"{name} is not measured at the size {size!r}; it is at {', '.join(claim.sizes)}")
+        raise UserError(f"{name} is not measured at the size {size!r}; it is at {', '.join(claim.sizes)}")
     setting = claim.sizes[size]
     setting = replace(
         setting, output=Path(output) / "runs", workers=workers, arguments=tuple(arguments), say=say,
