@@ -117,7 +117,8 @@ def parser() -> argparse.ArgumentParser:
     versus.set_defaults(run=run_compare)
     told = commands.add_parser("report", help="comparisons as one HTML page and as Markdown")
     told.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the --output of agr-hf compare")
-    told.add_argument("--output", type=Path, help="folder for report.html and report.md (the first DIR)")
+    told.add_argument("--output", type=Path,
+                      help="folder for the files (the first DIR); in that of a run, push publishes them")  # fmt: skip
     told.set_defaults(run=run_report)
     claim = commands.add_parser("claim", help="what the papers claim, and what was found")
     kinds = claim.add_subparsers(dest="kind", required=True, metavar="list|run")

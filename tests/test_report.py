@@ -115,6 +115,12 @@ def test_one_seed_and_no_curves_make_a_report_too(tmp_path):
     assert "Learning curves" not in page.text
 
 
+def test_the_picture_for_cards_is_drawn(tmp_path):
+    picture = write_reports([comparison(tmp_path)])[2].read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5_000
+
+
 def test_several_comparisons_make_one_page(tmp_path, capsys):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

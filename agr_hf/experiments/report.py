@@ -13,7 +13,7 @@ from typing import Any
 
 from agr_hf.errors import UserError
 from agr_hf.experiments.charts import Interval, Series, draw_curves, draw_intervals, sample
-from agr_hf.files import write_text
+from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.tasks.runs import lower_is_better
 
@@ -21,7 +21,9 @@ LAYERS = 20  # shown, of those with the largest effect
 
 
 def write_reports(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
-    """Write `report.html` and `report.md` over comparisons; returns their paths.
+    """Write `report.html`, `report.md` and `differences.png` over comparisons; returns their paths.
+
+    In the folder of a run, `agr-hf push` publishes the page, and the picture goes into the card.
 
     Args:
         folders: of `agr-hf compare`.
@@ -33,10 +35,32 @@ def write_reports(folders: Sequence[Path], output: Path | None = None) -> list[P
     parts = [read_comparison(folder) for folder in folders]
     output = output or folders[0]
     output.mkdir(parents=True, exist_ok=True)
-    paths = [output / "report.html", output / "report.md"]
+    paths = [output / name for name in ("report.html", "report.md", "differences.png")]
     write_text(paths[0], html_report(parts))
     write_text(paths[1], "\n".join(map(markdown_report, parts)))
+    with replaced_file(paths[2]) as temporary:
+        draw_differences([row for found in parts for row in found["comparisons"]], temporary)
     return paths
+
+
+def draw_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The intervals of all differences as PNG, each in units of its margin, so that they stand on one scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.4 * max(1, len(rows))), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-1, 1, color="0.92", label="margin")
+    axes.axvline(0, color="0.4", linewidth=1)
+    for place, row in enumerate(reversed(rows)):
+        ends = [row["difference"] if row[end] is None else row[end] for end in ("low", "high")]
+        axes.plot([end / row["margin"] for end in ends], [place, place], color="tab:blue", marker="|")
+        axes.plot(row["difference"] / row["margin"], place, "o", color="tab:blue")
+    names = [f"{label(row)} less {label(baseline_of(row))}, {words(row['metric'])}" for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("worse  ←  difference, in margins  →  better")
+    axes.set_xscale("symlog", linthresh=1)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

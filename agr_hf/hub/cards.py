@@ -109,6 +109,7 @@ def model_card(
     curves: bool = False,
     samples: str | None = None,
     resumable: bool = False,
+    compared: bool = False,
 ) -> str:
     """The text of README.md for a run.
 
@@ -118,6 +119,7 @@ def model_card(
         curves: whether `curves.png` is beside it.
         samples: path of a grid of samples beside it.
         resumable: whether the training state is published.
+        compared: whether a report of `agr-hf compare` is beside it.
 
     Raises:
         UserError: the run is of a task that cards do not know.
@@ -145,6 +147,7 @@ def model_card(
         evaluation=_evaluation_words(run.dataset, run.metrics),
         metrics=[(name, value) for name, value in _metrics(task, run.metrics) if value is not None],
         curves=curves,
+        compared=compared,
         samples=urllib.parse.quote(samples) if samples else None,
         uses_agr=optimizer.startswith("agr_"),
         effect=None if effect is None else 100 * effect,

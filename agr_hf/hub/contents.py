@@ -27,6 +27,8 @@ LOADED = re.compile(
 )
 # Keys of transformers' and diffusers' JSON files whose values may be this machine's paths.
 PATH_KEYS = re.compile(r"(_or_path|_file|_dir|_path|checkpoint)$")
+# What `agr-hf report --output RUN` leaves beside a run.
+REPORT = ("report.html", "differences.png")
 # Made by push itself.
 MADE = ("README.md", "curves.png", ".eval_results/agr_hf.yaml")
 
@@ -38,7 +40,7 @@ def is_published(path: str) -> bool:
         return True
     if not parts or any(part.startswith(".") or part in ("", "..") for part in parts) or path.startswith("/"):
         return False
-    kind = PurePosixPath(path).suffix in KINDS or parts[-1] in VOCABULARIES
+    kind = PurePosixPath(path).suffix in KINDS or parts[-1] in VOCABULARIES or path in REPORT
     return kind and (len(parts) == 1 or parts[0] in FOLDERS)
 
 
@@ -51,7 +53,7 @@ def is_replaced(path: str, of_a_run: bool) -> bool:
         path: in the repository.
         of_a_run: whether a run was published there before; files in folders are another's otherwise.
     """
-    inside = len(PurePosixPath(path).parts) > 1 or path in MADE
+    inside = len(PurePosixPath(path).parts) > 1 or path in MADE or path in REPORT
     return is_published(path) and (bool(LOADED.fullmatch(path)) or (inside and of_a_run))
 
 

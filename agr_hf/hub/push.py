@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from agr_hf.errors import UserError
 from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
-from agr_hf.hub.contents import is_replaced, public_bytes, refuse_secrets, run_files
+from agr_hf.hub.contents import REPORT, is_replaced, public_bytes, refuse_secrets, run_files
 from agr_hf.hub.patience import LOG_IN, persistently
 from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
 from agr_hf.tasks.record import read_record
@@ -136,6 +136,7 @@ def prepare(
         repo_id,
         curves=curves,
         samples=samples[-1] if samples else None,
+        compared=all(name in contents for name in REPORT),
         resumable=any(name.startswith(f"{FOLDER}/") for name in contents),
     )
     contents["README.md"] = card.encode()

@@ -120,6 +120,8 @@ def test_the_body_says_what_the_run_was(run):
     plain = model_card(run, "tester/run")
     assert "curves.png" not in plain
     assert "agr-hf resume" not in plain
+    assert "differences.png" not in plain
+    assert "![Differences over paired seeds" in model_card(run, "tester/run", compared=True)
     run.optimizer = "adamw"
     assert "AGR would have taken 1% of" in model_card(run, "tester/run")
     run.gradients = {}

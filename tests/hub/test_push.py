@@ -303,6 +303,23 @@ def test_secrets_of_the_environment_and_paths_of_the_machine_stay_here(hub, tmp_
         push_run(run, REPO, api=hub.api())
 
 
+def test_a_report_beside_a_run_is_published_and_shown_in_its_card(hub, tmp_path):
+    run = made_up(tmp_path / "run")
+    (run / "report.html").write_text("<!doctype html>")
+    (run / "differences.png").write_bytes((run / "samples" / "epoch-0001.png").read_bytes())
+    (run / "other.html").write_text("<script>")
+    push_run(run, REPO, api=hub.api())
+    files = hub.files(REPO)
+    assert files["report.html"] == b"<!doctype html>"
+    assert b"](differences.png)" in files["README.md"]
+    assert "other.html" not in files
+    # A run without it takes it off again.
+    (run / "report.html").unlink()
+    push_run(run, REPO, api=hub.api())
+    assert "report.html" not in hub.files(REPO)
+    assert b"](differences.png)" not in hub.files(REPO)["README.md"]
+
+
 def test_what_is_no_part_of_a_model_is_not_published(hub, tmp_path):
     run = made_up(tmp_path / "run")
     (run / "log.txt").write_text("saved to /srv/alice/runs")
