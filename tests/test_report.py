@@ -128,9 +128,8 @@ def test_several_comparisons_make_one_page(tmp_path, capsys):
     assert main(["report", str(tmp_path / "first"), str(tmp_path / "second"), "--output", str(tmp_path / "both")]) == 0
     page = Page((tmp_path / "both" / "report.html").read_text())
     assert [a["aria-label"] for tag, a in page.tags if tag == "section"] == ["first", "second"]
-    assert capsys.readouterr().out.splitlines() == [
-        str(tmp_path / "both" / f"report.{kind}") for kind in ("html", "md")
-    ]
+    names = ("report.html", "report.md", "differences.png")
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "both" / name) for name in names]
 
 
 def test_a_folder_without_a_comparison_is_refused(tmp_path, capsys):
