@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +94,35 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(script, tmp_path):
     assert len(trace(script)) == len(set(trace(script))) == 8
     whole = compare(plan(script, "adamw", "helps"), tmp_path / "other")
     assert continued["comparisons"] == whole["comparisons"]
+
+
+@pytest.mark.kills
+@pytest.mark.timeout(1800)
+def test_ten_kills_leave_the_table_of_a_comparison_in_one_go(tmp_path):
+    def command(name):
+        return [
+            sys.executable, "-m", "agr_hf", "compare", "images", "--optim", "adamw", "agr_adamw", "--seeds", "4",
+            "--output", str(tmp_path / name), "--workers", "2", "--", "--model_name", "vit-micro", "--num_train_epochs", "4",
+            "--max_train_samples", "512", "--gradient_statistics_every", "0",
+        ]  # fmt: skip
+
+    generator, kills = random.Random(0), 0
+    while kills < 10:
+        process = subprocess.Popen(command("killed"), start_new_session=True)
+        try:
+            process.wait(timeout=generator.uniform(5, 25))
+        except subprocess.TimeoutExpired:
+            # The command and all that it started, as when a machine goes down.
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+            process.wait()
+        else:  # it came to an end before its time: begin another one
+            assert process.returncode == 0
+            shutil.rmtree(tmp_path / "killed")
+    subprocess.run(command("killed"), check=True)
+    subprocess.run(command("whole"), check=True)
+    tables = [json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("killed", "whole")]
+    assert tables[0]["comparisons"] == tables[1]["comparisons"]
 
 
 def test_two_commands_share_the_runs_and_take_none_twice(script, tmp_path):
