@@ -201,25 +201,29 @@ def judge_regret(found: Mapping[str, Any]) -> Finding:
 
 
 def measure_functions(setting: Setting) -> dict[str, Any]:
-    """Distance to the minimum after 100 steps from starts around the paper's, at the rate that a search found there."""
+    """Distance to the minimum after 100 steps, at the rate that a search found for the paper's start: from there and from
+    starts around it."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # two numbers at a time
     names, steps = setting.options["optimizers"], 100
-    starts = {name: [moved(function, seed) for seed in range(setting.seeds)] for name, function in FUNCTIONS.items()}
     rates: dict[str, dict[str, float]] = {}
     distances: dict[str, dict[str, list[float]]] = {}
+    own_start: dict[str, dict[str, float]] = {}
     for name, function in FUNCTIONS.items():
         for optimizer in names:
             rate = _search_rate(function, optimizer, steps, setting.options["trials"])
             rates.setdefault(name, {})[optimizer] = rate
-            distances.setdefault(name, {})[optimizer] = [
+            own, *others = (
                 math.sqrt(min(squared_distance(of, trajectory(of, optimizer, rate, steps)), 1e12))
-                for of in starts[name]
-            ]
+                for of in (function, *(moved(function, seed) for seed in range(1, setting.seeds + 1)))
+            )
+            own_start.setdefault(name, {})[optimizer] = own
+            distances.setdefault(name, {})[optimizer] = others
             setting.say(f"{name}, {optimizer}: rate {rate:.3g}")
-    return {"steps": steps, "trials": setting.options["trials"], "rates": rates, "distances": distances}
+    return {"steps": steps, "trials": setting.options["trials"], "rates": rates, "own_start": own_start,
+            "distances": distances}  # fmt: skip
 
 
 def _search_rate(function: TestFunction, optimizer: str, steps: int, trials: int) -> float:
@@ -241,9 +245,10 @@ def judge_functions(found: Mapping[str, Any]) -> Finding:
         medians = {optimizer: float(numpy.median(values)) for optimizer, values in by_optimizer.items()}
         rank = sorted(medians, key=medians.__getitem__).index("adal") + 1
         near = float(numpy.mean(numpy.asarray(by_optimizer["adal"]) < 0.5))
-        best = min(medians, key=medians.__getitem__)
+        best, own = min(medians, key=medians.__getitem__), found["own_start"][name]
         words.append(
-            f"{name}: median distance {medians['adal']:.2g}, {near:.0%} of the starts within 0.5, rank {rank} of "
+            f"{name}: {own['adal']:.2g} from the paper's start, rank {sorted(own, key=own.__getitem__).index('adal') + 1}; "
+            f"around it median distance {medians['adal']:.2g}, {near:.0%} of the starts within 0.5, rank {rank} of "
             f"{len(medians)} (best {optimizer_info(best).title} {medians[best]:.2g})"
         )
         good.append((near >= 0.9, rank <= len(medians) / 2))
