@@ -201,7 +201,8 @@ def test_parameter_counts_are_the_published_ones(name):
 # What the stem for 32x32 and 10 classes leaves; ResNet-18's 11,173,962 is the number of the CIFAR literature.
 SMALL = {
     "mlp": 1_841_162, "resnet18": 11_173_962, "resnet34": 21_282_122, "densenet121": 6_956_426, "vgg11": 28_144_010,
-    "vit-micro": 108_554, "resnet-micro": 318_186, "vit-tiny": 5_362_762, "tinyvit-5m": 5_074_974, "swin-t": 27_505_108, "convnext-t": 27_861_514,
+    "vit-micro": 108_554, "resnet-micro": 318_186,
+    "vit-tiny": 5_362_762, "tinyvit-5m": 5_074_974, "swin-t": 27_505_108, "convnext-t": 27_861_514,
 }  # fmt: skip
 
 

@@ -135,11 +135,14 @@ DIGITS = [
 ADAL = [*VIT, *"--weight_decay 5e-4 --lr_milestones 7 14 --max_grad_norm 0".split(), *QUIET]
 CNN = ["--model_name", "resnet-micro", *ADAL[2:]]
 CIFAR = [
-    *"--dataset_name cifar10 --model_name resnet-micro --max_train_samples 4000 --num_train_epochs 8".split(),
+    *"--dataset_name cifar10 --image_size 16 --max_train_samples 4000 --model_name resnet-micro --num_train_epochs 8".split(),
     *"--learning_rate 2e-3 --weight_decay 5e-4 --lr_scheduler_type cosine --augmentation flip-crop".split(), *QUIET,
 ]  # fmt: skip
 ALBERT = "--num_train_epochs 2 --max_seq_length 64 --per_device_train_batch_size 32 --disable_tqdm True".split()
-DDPM = "--recipe digits --gradient_statistics_every 0 --save_images_epochs 1000 --checkpointing_steps 100000".split()
+DDPM = [
+    *"--recipe digits --num_epochs 10 --ddpm_num_inference_steps 50 --num_eval_samples 250".split(),
+    *"--gradient_statistics_every 0 --save_images_epochs 1000 --checkpointing_steps 100000".split(),
+]  # fmt: skip
 DECAYS = ("0", "2e-4", "5e-4", "1e-3", "1e-2")
 PAPER = "--eval_strategy epoch --save_strategy epoch".split()
 
