@@ -135,7 +135,8 @@ DIGITS = [
 ADAL = [*VIT, *"--weight_decay 5e-4 --lr_milestones 7 14 --max_grad_norm 0".split(), *QUIET]
 CNN = ["--model_name", "resnet-micro", *ADAL[2:]]
 CIFAR = [
-    *"--dataset_name cifar10 --image_size 16 --max_train_samples 4000 --model_name resnet-micro --num_train_epochs 8".split(),
+    *"--dataset_name cifar10 --image_size 16 --max_train_samples 4000".split(),
+    *"--model_name resnet-micro --num_train_epochs 8".split(),
     *"--learning_rate 2e-3 --weight_decay 5e-4 --lr_scheduler_type cosine --augmentation flip-crop".split(), *QUIET,
 ]  # fmt: skip
 ALBERT = "--num_train_epochs 2 --max_seq_length 64 --per_device_train_batch_size 32 --disable_tqdm True".split()
