@@ -216,7 +216,8 @@ CLAIMS = [
     _claim(
         "agr-suspended", "AGR", "table 7", "suspending AGR late is better than not",
         {
-            "small": setting(64, "images", "digits", DIGITS, versus(SUSPENDED, [AGR], "accuracy")),
+            # The loss: accuracies are the same in every seed, so small is the difference.
+            "small": setting(64, "images", "digits", DIGITS, versus(SUSPENDED, [AGR], "loss")),
             "published": setting(
                 4, "images", "suspended-published",
                 ["--recipe", "agr-tiny-imagenet", "--model_name", "tinyvit-11m", *PAPER],
