@@ -17,7 +17,7 @@ from agr_hf.environment import environment
 from agr_hf.errors import UserError
 from agr_hf.experiments.claims import cost, gradients, theory, training
 from agr_hf.experiments.claims.claim import SIZES, VERDICTS, Claim, Finding, Setting
-from agr_hf.files import write_text
+from agr_hf.files import replaced_file, write_text
 from agr_hf.tasks.runs import commit, plain
 
 __all__ = ["CLAIMS", "SIZES", "VERDICTS", "Claim", "Finding", "Setting", "claims_table", "read_claims", "run_claim"]
@@ -41,7 +41,7 @@ def run_claim(
     arguments: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure a claim, write `NAME.json` under `output`, and return what it holds.
+    """Measure a claim, write `NAME.json` (and `NAME.png`, where it has a picture) under `output`, and return the JSON.
 
     Args:
         name: a key of `CLAIMS`.
@@ -76,6 +76,9 @@ def run_claim(
     })  # fmt: skip
     Path(output).mkdir(parents=True, exist_ok=True)
     write_text(Path(output) / f"{name}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    if claim.draw:
+        with replaced_file(Path(output) / f"{name}.png") as path:
+            claim.draw(measured, path)
     return found
 
 

@@ -63,6 +63,7 @@ class Claim:
         measure: takes a setting and returns what is kept as JSON.
         judge: takes that JSON, and no other thing: a verdict can be given again by anybody.
         sizes: settings by size; what is missing is not offered.
+        draw: takes that JSON and the path of a PNG, where a picture says more.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Claim:
     measure: Callable[[Setting], dict[str, Any]]
     judge: Callable[[Mapping[str, Any]], Finding]
     sizes: Mapping[str, Setting]
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -70,12 +71,14 @@ def _weibull(x: numpy.ndarray) -> Any:
     return stats.weibull_min(c=shape, scale=numpy.exp(numpy.log(x).mean() + 0.5772156649 / shape))
 
 
+QUANTILES = [0.001, 0.003, 0.01, 0.03, *(0.05 * k for k in range(1, 20)), 0.97, 0.99, 0.997, 0.999]
+
+
 def measure_lognormal(setting: Setting) -> dict[str, Any]:
-    """Kolmogorov's distance of each layer's |g| from four laws, early and late in training."""
-    rows = []
+    """Kolmogorov's distance of each layer's |g| from four laws, early and late in training; quantiles of the first seed."""
+    rows, quantiles, steps = [], [], setting.options["steps"]
     for network in ("vit-micro", "resnet-micro", "mlp"):
         for seed in range(setting.seeds):
-            steps = setting.options["steps"]
             for step, model, _, _ in train_on_digits(network, "adamw", seed, max(steps) + 1, 1e-3):
                 if step not in steps:
                     continue
@@ -84,12 +87,40 @@ def measure_lognormal(setting: Setting) -> dict[str, Any]:
                     x = x[x > 0]
                     if len(x) < 100:
                         continue
+                    logarithm = numpy.log(x)
                     distances = {law: float(stats.kstest(x, fit(x).cdf).statistic) for law, fit in MAGNITUDES.items()}
-                    rows.append({"network": network, "seed": seed, "step": step, "layer": layer, "elements": len(x),
-                                 "zeros": int(grad.numel() - len(x)), "distance": distances,
-                                 "log_skewness": float(stats.skew(numpy.log(x)))})  # fmt: skip
+                    head = {"network": network, "layer": layer, "step": step}
+                    rows.append({**head, "seed": seed, "elements": len(x), "zeros": int(grad.numel() - len(x)),
+                                 "distance": distances, "log_skewness": float(stats.skew(logarithm))})  # fmt: skip
+                    if seed == 0 and step == max(steps):
+                        standard = (logarithm - logarithm.mean()) / logarithm.std()
+                        quantiles.append(
+                            {**head, "log_quantiles": [float(q) for q in numpy.quantile(standard, QUANTILES)]}
+                        )
             setting.say(f"{network}, seed {seed}: {len(rows)} tensors")
-    return {"steps": steps, "optimizer": "adamw", "rows": rows}
+    return {"steps": steps, "optimizer": "adamw", "rows": rows, "quantiles": quantiles}
+
+
+def draw_lognormal(found: Mapping[str, Any], path: Path) -> None:
+    """QQ plots of ln|g|, a line for each layer, against a normal law; beside it what normal gradients would give."""
+    from matplotlib.figure import Figure
+
+    networks = list(dict.fromkeys(of["network"] for of in found["quantiles"]))
+    normal = stats.norm.ppf(QUANTILES)
+    # ln|g| of a normal g: what is drawn where gradients are not lognormal but normal.
+    half = numpy.log(stats.halfnorm.ppf(QUANTILES))
+    draws = numpy.log(numpy.abs(numpy.random.default_rng(0).normal(size=100_000)))
+    half = (half - draws.mean()) / draws.std()
+    figure = Figure(figsize=(4 * len(networks), 3.8), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        for of in found["quantiles"]:
+            if of["network"] == network:
+                axes.plot(normal, of["log_quantiles"], color="tab:blue", linewidth=0.8, alpha=0.6)
+        axes.plot(normal, normal, color="black", linewidth=1, label="|g| lognormal")
+        axes.plot(normal, half, "--", color="tab:red", linewidth=1, label="g normal")
+        axes.set(title=network, xlabel="normal quantiles", ylabel="quantiles of ln|g|, standardized", ylim=(-6, 4))
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def judge_lognormal(found: Mapping[str, Any]) -> Finding:
@@ -251,7 +282,7 @@ CLAIMS = [
         "agr-lognormal", "AGR", "section 2, after Chmiel et al. 2020", "gradients are approximately lognormal",
         "|g| of most layers is within 0.05 of a lognormal law (Kolmogorov), and nearer to it than to three others",
         "most layers are neither", measure_lognormal, judge_lognormal,
-        {"small": Setting(seeds=8, options={"steps": [0, 50, 200]})},
+        {"small": Setting(seeds=8, options={"steps": [0, 50, 200]})}, draw_lognormal,
     ),
     Claim(
         "agr-smaller-rate", "AGR", "theorem 4.2", "AGR is a smaller learning rate where gradients are large",
