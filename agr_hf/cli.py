@@ -237,9 +237,10 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_claim_list(arguments: argparse.Namespace) -> None:
-    from agr_hf.experiments.claims import claims_table, read_claims
+    from agr_hf.experiments.claims import claims_table, criteria, read_claims
 
     print(claims_table(read_claims(arguments.results) if arguments.results else {}))
+    print(f"\n{criteria()}")
 
 
 def run_claim(arguments: argparse.Namespace) -> None:

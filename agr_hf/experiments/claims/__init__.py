@@ -20,7 +20,18 @@ from agr_hf.experiments.claims.claim import SIZES, VERDICTS, Claim, Finding, Set
 from agr_hf.files import replaced_file, write_text
 from agr_hf.tasks.runs import commit, plain
 
-__all__ = ["CLAIMS", "SIZES", "VERDICTS", "Claim", "Finding", "Setting", "claims_table", "read_claims", "run_claim"]
+__all__ = [
+    "CLAIMS",
+    "SIZES",
+    "VERDICTS",
+    "Claim",
+    "Finding",
+    "Setting",
+    "claims_table",
+    "criteria",
+    "read_claims",
+    "run_claim",
+]
 
 _ORDER = """
     agr-norm agr-jacobian agr-smaller-rate agr-cost agr-lognormal agr-ddpm agr-digits agr-cifar agr-tiny-imagenet
@@ -100,3 +111,11 @@ def claims_table(found: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [f"`{name}`", f"{claim.paper}, {claim.where}", claim.says, verdict, effect, n, size]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def criteria() -> str:
+    """What would confirm and contradict each claim, as a Markdown list."""
+    return "\n".join(
+        f"- `{name}`: confirmed by: {claim.confirmed_by}; contradicted by: {claim.contradicted_by}."
+        for name, claim in CLAIMS.items()
+    )
