@@ -86,7 +86,9 @@ def run_claim(
         "n": finding.n, "measured": measured, "commit": commit(), **environment(),
     })  # fmt: skip
     Path(output).mkdir(parents=True, exist_ok=True)
-    write_text(Path(output) / f"{name}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    # A line for each entry: the values of all seeds would make thousands.
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in found.items())
+    write_text(Path(output) / f"{name}.json", f"{{\n{lines}\n}}\n")
     if claim.draw:
         with replaced_file(Path(output) / f"{name}.png") as path:
             claim.draw(measured, path)

@@ -88,14 +88,16 @@ def measure_lognormal(setting: Setting) -> dict[str, Any]:
                     if len(x) < 100:
                         continue
                     logarithm = numpy.log(x)
-                    distances = {law: float(stats.kstest(x, fit(x).cdf).statistic) for law, fit in MAGNITUDES.items()}
+                    distances = {
+                        law: round(float(stats.kstest(x, fit(x).cdf).statistic), 5) for law, fit in MAGNITUDES.items()
+                    }
                     head = {"network": network, "layer": layer, "step": step}
                     rows.append({**head, "seed": seed, "elements": len(x), "zeros": int(grad.numel() - len(x)),
-                                 "distance": distances, "log_skewness": float(stats.skew(logarithm))})  # fmt: skip
+                                 "distance": distances, "log_skewness": round(float(stats.skew(logarithm)), 4)})  # fmt: skip
                     if seed == 0 and step == max(steps):
                         standard = (logarithm - logarithm.mean()) / logarithm.std()
                         quantiles.append(
-                            {**head, "log_quantiles": [float(q) for q in numpy.quantile(standard, QUANTILES)]}
+                            {**head, "log_quantiles": numpy.quantile(standard, QUANTILES).round(4).tolist()}
                         )
             setting.say(f"{network}, seed {seed}: {len(rows)} tensors")
     return {"steps": steps, "optimizer": "adamw", "rows": rows, "quantiles": quantiles}
