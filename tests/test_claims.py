@@ -162,7 +162,7 @@ def test_a_comparison_is_judged_by_its_rows(differences, equal, verdict):
 def test_a_loss_is_told_as_it_is():
     found = training.judge(rows(BETTER, metric="loss"))
     assert found.verdict == "contradicted"
-    assert "AdamW(AGR) less AdamW, test loss: +1.0000 (" in found.effect
+    assert "AdamW(AGR) less AdamW, test loss: +1 (" in found.effect
 
 
 def test_metrics_of_the_epochs():

@@ -113,12 +113,11 @@ WORDS = {
 
 def sentence(row: Mapping[str, Any], of: Paired) -> str:
     """The difference as the metric has it: of a loss, positive is worse."""
-    digits, sign = (2 if "accuracy" in row["metric"] else 4), (-1 if lower_is_better(row["metric"]) else 1)
+    form, sign = ("+.2f" if "accuracy" in row["metric"] else "+.2g"), (-1 if lower_is_better(row["metric"]) else 1)
     low, high = sorted((sign * of.low, sign * of.high))
     return (
         f"{label(row)} less {label({**row, 'optimizer': row['baseline']})}, "
-        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:+.{digits}f} "
-        f"({low:+.{digits}f} to {high:+.{digits}f}), {of.verdict}"
+        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} ({low:{form}} to {high:{form}}), {of.verdict}"
     )
 
 
