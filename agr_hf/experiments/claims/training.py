@@ -117,7 +117,8 @@ def sentence(row: Mapping[str, Any], of: Paired) -> str:
     low, high = sorted((sign * of.low, sign * of.high))
     return (
         f"{label(row)} less {label({**row, 'optimizer': row['baseline']})}, "
-        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} ({low:{form}} to {high:{form}}), {of.verdict}"
+        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} ({low:{form}} to {high:{form}}), "
+        f"{of.verdict}"
     )
 
 
