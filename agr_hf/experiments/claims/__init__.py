@@ -19,6 +19,7 @@ from agr_hf.experiments.claims import cost, gradients, theory, training
 from agr_hf.experiments.claims.claim import SIZES, VERDICTS, Claim, Finding, Setting
 from agr_hf.files import replaced_file, write_text
 from agr_hf.tasks.runs import commit, plain
+from agr_hf.texts import public
 
 __all__ = [
     "CLAIMS",
@@ -79,7 +80,7 @@ def run_claim(
     )  # fmt: skip
     measured = json.loads(json.dumps(plain(claim.measure(setting))))
     finding = claim.judge(measured)
-    extra = ["--", *arguments] if arguments else []
+    extra = ["--", *map(public, arguments)] if arguments else []
     command = ["agr-hf", "claim", "run", name, "--size", size, *(["--seeds", str(seeds)] if seeds else []), *extra]
     found = plain({
         "claim": name, "size": size, "command": shlex.join(command), "verdict": finding.verdict, "effect": finding.effect,
