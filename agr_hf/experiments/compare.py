@@ -267,6 +267,8 @@ class _Pool:
         if self._comparison.task in RESUMABLE:
             words += ["--resume_from_checkpoint", "latest"]
         threads = max(1, (os.cpu_count() or 1) // self._workers)
+        if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+            threads = min(threads, max(1, int(os.environ["OMP_NUM_THREADS"])))
         run = ScriptRun(self._comparison.script, tuple(words), optim, folder / taken.run, threads)
         return run.start(), run
 
