@@ -115,11 +115,11 @@ def parser() -> argparse.ArgumentParser:
         "postgresql+psycopg2://user@host/name (trials.db under --output)",
     )  # fmt: skip
     versus.set_defaults(run=run_compare)
-    told = commands.add_parser("report", help="comparisons as one HTML page and as Markdown")
-    told.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the --output of agr-hf compare")
-    told.add_argument("--output", type=Path,
+    reports = commands.add_parser("report", help="comparisons as one HTML page and as Markdown")
+    reports.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the --output of agr-hf compare")
+    reports.add_argument("--output", type=Path,
                       help="folder for the files (the first DIR); in that of a run, push publishes them")  # fmt: skip
-    told.set_defaults(run=run_report)
+    reports.set_defaults(run=run_report)
     claim = commands.add_parser("claim", help="what the papers claim, and what was found")
     kinds = claim.add_subparsers(dest="kind", required=True, metavar="list|run")
     listed = kinds.add_parser("list", help="all claims as a table, with the verdicts of measurements")

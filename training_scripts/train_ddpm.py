@@ -159,7 +159,7 @@ def main(argv=None):
             revision=args.dataset_revision,
             max_images=args.max_train_images,
         )
-    # A name that says nothing fails now, and not after the training.
+    # An unknown name fails now, not after the training.
     network = feature_network(args.features, accelerator.device) if args.num_eval_samples else None
     loader = accelerator.prepare(DataLoader(images, args.train_batch_size, shuffle=True, drop_last=True))
     if len(loader) == 0:

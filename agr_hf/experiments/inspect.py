@@ -54,7 +54,7 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
         pretrained: whether a timm architecture comes with its pretrained weights instead of its own initialisation.
 
     Raises:
-        ValueError: there is no such model, or it cannot be had without a network.
+        ValueError: there is no such model, or it could not be loaded without a network.
     """
     import timm
     import transformers
@@ -111,7 +111,7 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
     Images need columns `image` and `label` (or `img`, `fine_label`), texts a column `text` and the model's tokenizer.
 
     Raises:
-        ValueError: the dataset cannot be had, or has none of these columns.
+        ValueError: the dataset could not be loaded, or has none of these columns.
     """
     import datasets
 

@@ -75,7 +75,7 @@ def leaderboard(runs: Iterable[RunRecord]) -> str:
 
     Runs of as many processes that differ in nothing but their seed are one row; of a seed that is there twice (a run and its
     repetition) the one finished last counts. "settings" holds what else differs between the rows of one task
-    and data set. With one seed there is no deviation, and rows that lie within each other's deviations are not told apart
+    and data set. With one seed there is no deviation, and rows that lie within each other's deviations are not distinct
     by this table.
     """
     groups: dict[str, dict[str, RunRecord]] = {}

@@ -54,8 +54,8 @@ def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Opti
         check_launch(context.args)
         options = parse_optim_args(info, context.args.optim_args)
         arguments = optimizer_arguments(info, context.args, options)
-        told = context.model is not None and _regularizes(info, arguments)
-        return (_with_agr_flags(info.cls, context.model) if told else info.cls), arguments
+        sets_agr_flags = context.model is not None and _regularizes(info, arguments)
+        return (_with_agr_flags(info.cls, context.model) if sets_agr_flags else info.cls), arguments
 
     return handle
 

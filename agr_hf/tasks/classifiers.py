@@ -15,7 +15,7 @@ from agr_hf.tasks.digits import digits_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What each family is told at the given image size. ImageNet stems reduce 32x32 pixels to one, so patches get smaller;
+# Arguments of each family at the given image size. ImageNet stems reduce 32x32 pixels to one, so patches get smaller;
 # residual and dense networks and VGG have no such option, and get names of their own (`register_small_image_models`).
 SMALL_STEMS = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "vgg11", "vgg11_bn")
 ALIASES = {

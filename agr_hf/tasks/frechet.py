@@ -65,7 +65,7 @@ def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNet
         device: where it runs.
 
     Raises:
-        UserError: the name says nothing, or the weights cannot be had.
+        UserError: there is no such network, or its weights could not be loaded.
     """
     kind, _, rest = name.partition(":")
     if name == "pixels":
@@ -223,7 +223,7 @@ def inception_weights() -> None:
         torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"FID and IS need Inception's weights, which cannot be had ({error}); download {INCEPTION_URL} where there is a "
+            f"Inception's weights, which FID and IS need, were not found ({error}); download {INCEPTION_URL} where there is a "
             f"network and put it into {folder}, or take a Frechet distance on a network at hand (--features)"
         ) from error
 
@@ -323,7 +323,8 @@ def _timm_network(model: str) -> nn.Module:
         network = timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:  # whatever timm, the Hub's client or the network raise
         raise UserError(
-            f"the timm model {model!r} cannot be had: {(str(error) or type(error).__name__).splitlines()[0]} Without a "
+            f"the timm model {model!r} could not be loaded: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]} Without a "
             "network, name 'pixels', 'resnet20:FILE' or 'PACKAGE.MODULE:FACTORY'"
         ) from error
     config = timm.data.resolve_model_data_config(network)

@@ -161,7 +161,7 @@ def load_images(
         The data. Images that cannot be decoded are left out, and named in a warning.
 
     Raises:
-        UserError: the data cannot be had, or a label is out of range; the message says what to pass.
+        UserError: the data could not be loaded, or a label is out of range; the message says what to pass.
     """
     if augmentation not in AUGMENTATIONS:
         raise UserError(f"augmentation={augmentation!r} is not allowed; it must be one of {', '.join(AUGMENTATIONS)}")
@@ -336,7 +336,7 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
             f"the Hub ({source.hub_id})" if source else "the Hub, and is no folder and none of " + ", ".join(SOURCES)
         )
         raise UserError(
-            f"the data set {name!r} cannot be had from {where}: {str(error).splitlines()[0]}. Without a network, pass "
+            f"the data set {name!r} could not be loaded from {where}: {str(error).splitlines()[0]}. Without a network, pass "
             "train_file and test_file (parquet files with image and label), a folder with train and test in it, or "
             "'digits'"
         ) from error

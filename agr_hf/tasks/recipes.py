@@ -119,7 +119,7 @@ def apply_recipe(
 
 
 class _Given(argparse.Namespace):
-    """What a parser is told: it leaves defaults out where it finds a value, and here it finds None for every name."""
+    """A namespace with None for every name: argparse sets defaults only where a name has no value yet, so none are set."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):

@@ -133,7 +133,7 @@ class TrainerRun:
 
         Args:
             model: to train.
-            train_data, eval_data: as Trainer takes them; the first is told its epochs where it is an `EpochData`.
+            train_data, eval_data: as Trainer takes them; the first learns the current epoch where it is an `EpochData`.
             compute_metrics: as Trainer takes it.
             callbacks: of the script.
             without: callbacks of Trainer's own that are taken out.

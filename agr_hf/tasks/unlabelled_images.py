@@ -144,7 +144,7 @@ def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[tuple[s
         rows = datasets.load_dataset(hub_id, split=split, revision=revision)
     except Exception as error:  # whatever datasets, the Hub's client or the network raise
         raise UserError(
-            f"the images {source!r} cannot be had: there is no such file or folder, and the Hub answers: "
+            f"the images {source!r} could not be loaded: there is no such file or folder, and the Hub answers: "
             f"{(str(error) or type(error).__name__).splitlines()[0]} Without a network, pass --train_data with a parquet "
             "file or a folder of images, or --dataset_name digits"
         ) from error

@@ -250,6 +250,16 @@ def check_two_dimensions():
     train_alike(model, alone, torch.randn(8, 8, dtype=torch.float64), 1e-10)
 
 
+def trained(model, optimizer, steps):
+    """Whole weights of a sharded model after some steps on the same batch."""
+    x = torch.linspace(-1, 1, 56, dtype=torch.float64).view(8, 7)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [param.detach().full_tensor() for param in model.parameters()]
+
+
 def check_distributed_checkpoint():
     """torch's own way to save a sharded run and to go on with it."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -262,14 +272,6 @@ def check_distributed_checkpoint():
         # One group with an `agr` for each parameter, as Trainer's are.
         group = {"params": list(model.parameters()), "agr": [True, False, True, False]}
         return model, OPTIMIZERS["agr_adamw"].cls([group], lr=1e-2)
-
-    def trained(model, optimizer, steps):
-        x = torch.linspace(-1, 1, 56, dtype=torch.float64).view(8, 7)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        return [param.detach().full_tensor() for param in model.parameters()]
 
     model, optimizer = made()
     trained(model, optimizer, 2)
@@ -293,13 +295,6 @@ def check_states_saved_without_some_options(folder):
         fully_shard(model)
         matrices, biases = ([p for p in model.parameters() if (p.ndim > 1) == kind] for kind in (True, False))
         return model, cls([{"params": matrices}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
-
-    def trained(model, optimizer, steps):
-        x = torch.linspace(-1, 1, 56, dtype=torch.float64).view(8, 7)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
 
     def load(model, optimizer, name):
         found = {"optimizer": get_optimizer_state_dict(model, optimizer)}

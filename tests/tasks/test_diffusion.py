@@ -203,7 +203,7 @@ def test_a_folder_of_images_is_read_in_order_cut_and_resized(tmp_path, caplog):
 
 
 def test_bad_sources_get_sentences(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be had.*--train_data with a parquet file or a folder.*digits"):
+    with pytest.raises(ValueError, match=r"could not be loaded.*--train_data with a parquet file or a folder.*digits"):
         load_unlabelled_images("cifar10")  # conftest forbids the network
     with pytest.raises(ValueError, match="cannot be read as a parquet file"):
         load_unlabelled_images(tmp_path / "none.parquet")
@@ -348,7 +348,7 @@ def test_a_distance_is_reported_under_the_name_of_its_network(tmp_path, monkeypa
         frechet.feature_network("inception")
     with pytest.raises(ValueError, match="cannot be imported"):
         frechet.feature_network("test_diffusion:none_such")
-    with pytest.raises(ValueError, match="cannot be had"):
+    with pytest.raises(ValueError, match="could not be loaded"):
         frechet.feature_network("timm:resnet18.a1_in1k")
     with pytest.raises(ValueError, match="one vector for each"):
         frechet.image_features(frechet.FeatureNetwork("flat", "flat", lambda images: images), digits[:2])

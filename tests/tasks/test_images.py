@@ -99,7 +99,7 @@ def test_without_a_network_the_message_says_what_to_pass(name, monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match="cannot be had from .*pass train_file and test_file"):
+    with pytest.raises(ValueError, match="could not be loaded from .*pass train_file and test_file"):
         load_images(name)
 
 
