@@ -223,7 +223,7 @@ def inception_weights() -> None:
         torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"Inception's weights, which FID and IS need, were not found ({error}); download {INCEPTION_URL} where there is a "
+            f"FID and IS need Inception's weights, not found here ({error}); download {INCEPTION_URL} where there is a "
             f"network and put it into {folder}, or take a Frechet distance on a network at hand (--features)"
         ) from error
 
