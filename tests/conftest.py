@@ -36,7 +36,7 @@ def postgres():
     """The URL of a PostgreSQL server of its own, on a socket."""
     if POSTGRES is None:
         pytest.skip("PostgreSQL is not installed; Debian's package postgresql has it")
-    pytest.importorskip("psycopg2", reason="the driver psycopg2 is not installed")
+    pytest.importorskip("psycopg2", reason="psycopg2 is not installed; make test-postgres installs it")
     # Not below pytest's own folders, which are root's alone: the server refuses to run as root. Sockets need short paths.
     folder = Path(tempfile.mkdtemp(prefix="agr-hf-postgres-"))
     owner = []

@@ -18,8 +18,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from agr_hf.errors import UserError
 from agr_hf.files import write_text
 from agr_hf.integrations import private
-from agr_hf.integrations.checkpoints import folder_fault, loads_older_state, newest_complete, numbered_checkpoints
+from agr_hf.integrations.checkpoints import folder_fault, newest_complete, numbered_checkpoints
 from agr_hf.integrations.clipping import clip_in_step
+from agr_hf.integrations.optimizer_states import loads_older_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

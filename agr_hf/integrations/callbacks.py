@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from agr_hf.errors import UserError
-from agr_hf.integrations.checkpoints import save_optimizer
 from agr_hf.integrations.gradient_scale import gradient_scale_warning
+from agr_hf.integrations.optimizer_states import save_optimizer
 from agr_hf.optim.flags import is_suspended, unwrapped
 from agr_hf.optim.flattened import is_deepspeed_here
 from agr_hf.optim.options import is_at_least_zero
@@ -254,7 +254,7 @@ class TrainingTime(TrainerCallback):
 class SaveOptimizerState(TrainerCallback):
     """Write `optimizer.safetensors` and `optimizer.json` into each checkpoint, beside Trainer's own `optimizer.pt`.
 
-    `agr_hf.integrations.checkpoints.load_optimizer` reads them back without pickle, on any machine.
+    `agr_hf.integrations.optimizer_states.load_optimizer` reads them back without pickle, on any machine.
 
     Raises:
         RuntimeError: a hyperparameter search begins a trial. Its checkpoints go into a folder that a callback does not know,

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from agr_hf.errors import UserError
 from agr_hf.integrations import private
-from agr_hf.integrations.checkpoints import loads_older_state, resolve_checkpoint, weight_map_of
+from agr_hf.integrations.checkpoints import resolve_checkpoint, weight_map_of
 from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
+from agr_hf.integrations.optimizer_states import loads_older_state
 from agr_hf.integrations.random_states import kept_random_states
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info

@@ -22,10 +22,9 @@ from agr_hf.integrations.callbacks import SaveOptimizerState, SuspendAGR
 from agr_hf.integrations.checkpoints import (
     checkpoint_fault,
     latest_checkpoint,
-    load_optimizer,
     resolve_checkpoint,
-    save_optimizer,
 )
+from agr_hf.integrations.optimizer_states import load_optimizer, save_optimizer
 from agr_hf.integrations.trainer import load_renamed_weights, train
 from agr_hf.optim.param_groups import set_agr_flags
 

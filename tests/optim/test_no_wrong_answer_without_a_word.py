@@ -17,7 +17,7 @@ from ranks import spawn
 from torch.nn import Parameter
 
 from agr_hf import AdaL, AGRAdamW, NosAdam, agr, agr_param_groups, attach_agr
-from agr_hf.integrations.checkpoints import complete_flattened_state
+from agr_hf.integrations.optimizer_states import complete_flattened_state
 from agr_hf.optim.registry import OPTIMIZERS
 
 every_optimizer = pytest.mark.parametrize("name", OURS)

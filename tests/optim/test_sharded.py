@@ -10,7 +10,7 @@ from oracle import OURS, WITH_AGR, gradients, initial
 from ranks import spawn
 
 from agr_hf import AGRAdamW, agr, attach_agr, l1_norms
-from agr_hf.integrations.checkpoints import load_optimizer, loads_older_state, save_optimizer
+from agr_hf.integrations.optimizer_states import load_optimizer, loads_older_state, save_optimizer
 from agr_hf.optim.registry import OPTIMIZERS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
