@@ -76,7 +76,7 @@ def check(library, examples):
         numbers = array("d", [1.0, 0.1, 0.1, 0.9, 0.1, 0.99, 0.01, 1.0, 1e-8, 1.0, 0.1, 1.0, 1e-8, 0.0, 0.0, 0.0])
         norms, squares, before = (array("d", bytes(8 * len(rows))) for _ in range(3))
         native.run(
-            rule, states, mode, threads, addresses, fixed, array("q", bytes(8 * len(rows))), numbers, norms,
+            rule, states, mode, threads, array("q", addresses), fixed, array("q", bytes(8 * len(rows))), numbers, norms,
             squares, before.buffer_info()[0] if rule else 0,
         )  # fmt: skip
         for address in memory:

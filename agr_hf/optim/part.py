@@ -12,17 +12,13 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends.look import TYPES, look_of, read_grads
 from agr_hf.optim.shards import Scalar, as_number, local, reduced, widest
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
-PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
-
-
-def look_of(tensor: Any) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    """What makes a tensor another kind of tensor to a backend."""
-    return tensor.dtype, tensor.shape, tensor.stride()
+PLAIN_TYPES = {*TYPES, type(None)}
 
 
 class Present:
@@ -31,7 +27,7 @@ class Present:
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self.params: list[Tensor] = [param for group in groups for param in group["params"]]
-        self.grads: list[Tensor | None] = [param.grad for param in self.params]
+        self.grads: list[Tensor | None] = read_grads(self.params)
         self.locals, self.local_grads = self.params, self.grads
         if not (set(map(type, self.params)) | set(map(type, self.grads))) <= PLAIN_TYPES:
             self.grads = [
@@ -98,7 +94,8 @@ class Sums:
 class Part(ABC):
     """Rows of a plan that one backend computes. A backend is a subclass that states these three:
 
-    - `look(present)`: take the tensors of this step; False where they are not of the kind that the part was made for.
+    - `look(present)`: take the tensors of this step; False where they, or the numbers of the rows (`columns`), are not those
+      that the part was made for.
     - `add_sums(sums, scales, squares, coupled_only)`: write this rank's norms into `sums.norms` for the rows that need them,
       and where `squares` is set also sums of squares, of every row. Norms of gradients that include weight decay depend on
       the scale: with `squares`, which are taken before the scale is known, they are left out, and `coupled_only` asks for
@@ -133,6 +130,7 @@ class Part(ABC):
         self.scalars = {
             key: Column(key, self.states, self.number_dtype(device), device) for key in optimizer.scalar_state
         }
+        self.columns = [self.steps, *self.scalars.values()]
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         """Of the rule's numbers of each row."""

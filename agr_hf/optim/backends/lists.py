@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends import multi_tensor as mt
+from agr_hf.optim.backends.look import look_of
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.norms import BLOCK, by_device_and_dtype, sum_on_cpu, sums_of_pieces
-from agr_hf.optim.part import Part, Present, Row, Sums, look_of
+from agr_hf.optim.part import Part, Present, Row, Sums
 from agr_hf.optim.shards import Scalar, local, widest
 
 # Elements updated at a time on other devices than the CPU: a few pieces of scratch of 16 MiB (float32).
@@ -103,6 +104,8 @@ class ListsPart(Part):
 
     def look(self, present: Present) -> bool:
         self.items = []
+        if not all(column.fits() for column in self.columns):
+            return False
         live = [present.grads[i] is not None for i in self.indices]
         self.set_live(live)
         for k, (row, state) in enumerate(zip(self.rows, self.states, strict=True)):

@@ -1,7 +1,7 @@
 /* The step on a CPU in one pass: sums of |g| (and of g^2 where clipping asks), then the update, in one parallel region.
  *
- * Plain C against Python's stable interface: it knows addresses and numbers, no tensors. native.py makes the tables, from
- * tensors that live and are checked in the same call; it holds them until these functions return.
+ * Plain C against Python's stable interface, without torch's headers. look.h checks tensors and reads their addresses; the
+ * rest knows addresses and numbers only. native.py holds the tensors from the look until the step is done.
  *
  * The tensors are cut into chunks. A chunk's sums are accumulated in float64 and added in the order of the chunks, so the
  * result has the same bits at every repetition and at every number of threads. Tensors are walked in runs that fit the
@@ -352,39 +352,27 @@ static int run_job(job_t *j, int threads) {
     return started != NULL;
 }
 
-/* The integers of a list, to be freed; NULL and an exception where it is none. */
-static int64_t *read_list(PyObject *list, Py_ssize_t *length) {
-    *length = PyList_Size(list);
-    int64_t *values = *length < 0 ? NULL : malloc((*length + 1) * sizeof(int64_t));
-    if (!values && !PyErr_Occurred()) PyErr_NoMemory();
-    for (Py_ssize_t i = 0; values && i < *length; i++) values[i] = PyLong_AsLongLong(PyList_GetItem(list, i));
-    if (!PyErr_Occurred()) return values;
-    free(values);
-    return NULL;
-}
+#include "look.h"
 
 static PyObject *run(PyObject *module, PyObject *args) {
     (void)module;
-    PyObject *addresses;
-    Py_buffer fixed, class, numbers, norms, squares;
+    Py_buffer addresses, fixed, class, numbers, norms, squares;
     int rule, states, mode, threads;
     unsigned long long before;
-    if (!PyArg_ParseTuple(args, "iiiiO!y*y*y*w*w*K", &rule, &states, &mode, &threads, &PyList_Type, &addresses, &fixed,
-                          &class, &numbers, &norms, &squares, &before))
+    if (!PyArg_ParseTuple(args, "iiiiy*y*y*y*w*w*K", &rule, &states, &mode, &threads, &addresses, &fixed, &class,
+                          &numbers, &norms, &squares, &before))
         return NULL;
-    Py_ssize_t length;
-    int64_t *address = read_list(addresses, &length);
     int64_t rows = norms.len / (int64_t)sizeof(double), classes = numbers.len / (int64_t)sizeof(double) / NUMBERS;
     PyObject *result = NULL;
     int fits = rule >= ADAM && rule <= ADAN && states == (rule == ADAM ? 2 : 4) && squares.len == norms.len &&
-               length == (2 + states) * rows && fixed.len == 2 * norms.len && class.len == norms.len;
+               addresses.len == (2 + states) * norms.len && fixed.len == 2 * norms.len && class.len == norms.len;
     for (int64_t row = 0; fits && row < rows; row++)
         fits = ((const int64_t *)class.buf)[row] >= 0 && ((const int64_t *)class.buf)[row] < classes;
-    if (address && !fits) {
+    if (!fits) {
         PyErr_SetString(PyExc_ValueError, "the tables of the native step do not fit each other");
-    } else if (address) {
+    } else {
         job_t j = {.rule = rule, .states = states, .mode = mode, .rows = rows};
-        for (int k = 0; k < 2 + states; k++) j.address[k] = address + k * rows;
+        for (int k = 0; k < 2 + states; k++) j.address[k] = (const int64_t *)addresses.buf + k * rows;
         j.numel = fixed.buf;
         j.flags = j.numel + rows;
         j.class = class.buf;
@@ -399,7 +387,7 @@ static PyObject *run(PyObject *module, PyObject *args) {
         if (done) result = Py_NewRef(Py_None);
         else PyErr_NoMemory();
     }
-    free(address);
+    PyBuffer_Release(&addresses);
     PyBuffer_Release(&fixed);
     PyBuffer_Release(&class);
     PyBuffer_Release(&numbers);
@@ -437,6 +425,12 @@ static PyObject *use_openmp(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"run", run, METH_VARARGS,
      "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before): see native.py"},
+    {"look", look, METH_VARARGS,
+     "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see native.py"},
+    {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients"},
+    {"describe", describe, METH_O, "describe(tensors): what `look` compares tensors with"},
+    {"use_dlpack", use_dlpack, METH_VARARGS,
+     "use_dlpack(capsule, Tensor, Parameter): look at tensors through these functions, if they are of version 1"},
     {"select_isa", select_isa, METH_VARARGS,
      "select_isa(name=None): compute with these instructions, by default the widest that the processor has; their name"},
     {"use_openmp", use_openmp, METH_VARARGS,

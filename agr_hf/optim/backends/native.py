@@ -8,30 +8,23 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Collection, Sequence
-from itertools import chain, compress
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends.look import TYPES, WHY_NOT, _native, describe, look
 from agr_hf.optim.layout import Layout
-from agr_hf.optim.part import Part, Present, Row, Sums, look_of
+from agr_hf.optim.part import Part, Present, Row, Sums
 from agr_hf.optim.shards import Scalar, local
-
-try:
-    from agr_hf.optim.backends import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    _native, WHY_NOT = None, str(error)
-else:
-    WHY_NOT = ""
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
-TYPES = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
 # Rules of native.c by the name that an optimizer states; its `state_keys` are in the order of the loops' arguments.
 RULES = {"adam": 0, "adan": 1}
 # Modes of a call and flags of a tensor; the same in native.c.
@@ -111,7 +104,7 @@ class NativePart(Part):
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
         super().__init__(optimizer, rows, present, new)
-        self.rule, self.keys = RULES[optimizer.native_rule or ""], optimizer.state_keys
+        self.rule, self.keys = RULES[optimizer.native_rule or ""], tuple(optimizer.state_keys)
         params = [present.locals[i] for i in self.indices]
         self.layouts = [Layout(param) for param in params]
         self.is_whole = len(rows) == len(present.params)
@@ -130,22 +123,24 @@ class NativePart(Part):
             | COUPLED * row.adds_decay
             | SCALED_BY_NORM * optimizer.uses_norms
             | PARAM_BF16 * (param.dtype == torch.bfloat16)
-            | GRAD_BF16 * (look[0] == torch.bfloat16)
-            for row, param, look in zip(rows, params, self.grad_looks, strict=True)
+            | GRAD_BF16 * (grad_look[0] == torch.bfloat16)
+            for row, param, grad_look in zip(rows, params, self.grad_looks, strict=True)
         ]
         self.fixed = array("q", [param.numel() for param in params] + flags)
-        # A gradient without elements has the address 0, which means none to native.c. But an empty shard keeps the numbers
-        # of its whole tensor too: a sharded checkpoint takes them from any rank.
-        self.empty = [k for k, param in enumerate(params) if not param.numel()]
         self.groups = {row.group_index: row.group for row in rows}
         slots = {number: slot for slot, number in enumerate(self.groups)}
         self.group_slots = array("q", [slots[row.group_index] for row in rows])
         self.norms = array("d", bytes(8 * len(rows)))
         self.squares = array("d", bytes(8 * len(rows)))
-        states = [[local(state[key]) for state in self.states] for key in self.keys]
-        self.kept_guard = Guard([*params, *chain(*states)])
-        self.grad_guard: Any = None  # of the rows that are live
-        self.addresses: list[int] = []
+        self.views = [
+            (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
+            for column in self.columns
+        ]
+        grads = [present.local_grads[i] for i in self.indices]
+        kinds = [param if grad is None else grad for param, grad in zip(params, grads, strict=True)]
+        columns = [[local(state[key]) for state in self.states] for key in self.keys]
+        self.kept = describe([tensor for row in zip(params, kinds, *columns, strict=True) for tensor in row])
+        self.addresses = array("q", bytes(8 * len(rows) * (2 + len(self.keys))))
         self.params: list[Tensor] = []  # until the step is done, as `held`
         self.held: list[Any] = []
 
@@ -157,32 +152,23 @@ class NativePart(Part):
         grads: list[Any] = present.local_grads
         if not self.is_whole:
             params, grads = [params[i] for i in self.indices], [grads[i] for i in self.indices]
-        states = [[state.get(key) for state in self.states] for key in self.keys]
+        states = self.states
         if self.has_shards:
-            states = [[local(tensor) for tensor in column] for column in states]
-        if not self.kept_guard.check(*params, *chain(*states)):
-            return False
-        live = [grad is not None for grad in grads]
-        there = list(compress(grads, live))
-        if live != self.live or self.grad_guard is None:
-            if not all(map(_is_plain, there)) or list(map(look_of, there)) != list(compress(self.grad_looks, live)):
-                return False
-            self.grad_guard = Guard(there)
-        elif not self.grad_guard.check(*there):
+            states = [{key: local(value) for key, value in state.items()} for state in states]
+        count = look(params, grads, states, self.keys, self.views, self.kept, self.addresses)
+        live = [True] * count if count == len(grads) else [grad is not None for grad in grads]
+        if count < 0:
             return False
         self.set_live(live)
-        self.params = params
+        self.params, self.held = params, grads
         if self.copied:
-            grads = [
+            # Not all are in the memory of a `.grad`: a DTensor's that is laid otherwise than its parameter was laid anew.
+            self.held = [
                 layout.flat(grad) if grad is not None and (layout := self.copied.get(k)) else grad
                 for k, grad in enumerate(grads)
             ]
-        # Not all are in the memory of a `.grad`: a DTensor's that is laid otherwise than its parameter was laid anew.
-        self.held = grads
-        of_grads = map(Tensor.data_ptr, grads) if all(live) else (0 if g is None else g.data_ptr() for g in grads)
-        self.addresses = [*map(Tensor.data_ptr, params), *of_grads, *map(Tensor.data_ptr, chain(*states))]
-        for k in self.empty:
-            self.addresses[len(params) + k] = int(live[k])
+            for k in self.copied:
+                self.addresses[len(grads) + k] = 0 if grads[k] is None else self.held[k].data_ptr() or 1
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
@@ -261,30 +247,3 @@ class NativePart(Part):
                 float(step == 1),
             ]
         return head + rest + [0.0] * (NUMBERS - len(head) - len(rest))
-
-
-class _LookGuard:
-    """What torch's guard does, where this torch has none under that name."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.looks = [(type(tensor), tensor.device, *look_of(tensor)) for tensor in tensors]
-
-    def check(self, *tensors: Tensor) -> bool:
-        return [(type(tensor), tensor.device, *look_of(tensor)) for tensor in tensors] == self.looks
-
-
-def _torch_guard(tensors: Sequence[Any]) -> Any:
-    """torch.compile's own check of types, dtypes, devices, sizes and strides: a tenth of the time of asking in Python."""
-    return _TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
-        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
-    )
-
-
-try:
-    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
-except ImportError:
-    Guard: Any = _LookGuard
-else:
-    Guard = _torch_guard
