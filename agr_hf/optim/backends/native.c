@@ -35,6 +35,8 @@ enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_B
 #define NUMBERS 16     /* numbers of a class: a group and step count */
 #define CHUNK 65536    /* elements summed or updated at a time: 256 KiB of float32 */
 #define RUN 262144     /* elements of a run for one or two threads: 1 MiB of float32 gradients; more threads, longer runs */
+#define AHEAD_CHUNKS 3 /* where many small tensors are updated, their memory is asked for so many tensors ahead */
+#define AHEAD_BYTES 512
 #define SMALL 65536    /* elements a thread is worth starting for */
 
 typedef struct {
@@ -170,6 +172,17 @@ static chunk_t make_chunk(const job_t *j, int64_t index) {
     return c;
 }
 
+/* Ask for the start of a chunk's memory; the rest the processor finds by itself. */
+static void fetch_chunk(const job_t *j, int64_t index) {
+    chunk_t c = make_chunk(j, index);
+    int64_t bytes = c.n * (int64_t)sizeof(float);
+    for (int64_t at = 0; at < bytes && at < AHEAD_BYTES; at += 64) {
+        __builtin_prefetch((char *)c.param + at, 1);
+        __builtin_prefetch((const char *)c.grad + at);
+        for (int k = 0; k < j->states; k++) __builtin_prefetch((char *)c.state[k] + at, 1);
+    }
+}
+
 static int is_usable(double norm) { return norm > 0 && norm < INFINITY; }
 
 /* A power of two and a reciprocal, both far from the ends of float32, whose product is 1 / norm. */
@@ -250,6 +263,7 @@ static void work(job_t *j) {
                     row = j->chunk_row[c];
                     u = make_update(j, row, norm_of_row(j, row));
                 }
+                if (c + AHEAD_CHUNKS < j->unit_chunk[unit + 1]) fetch_chunk(j, c + AHEAD_CHUNKS);
                 chunk_t chunk = make_chunk(j, c);
                 isa->update(&chunk, &u);
             }
