@@ -22,7 +22,7 @@ from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
-from agr_hf.optim.shards import LiveGroups, Scalar, local
+from agr_hf.optim.shards import LiveGroups, Scalar, as_number, local
 from agr_hf.optim.state import StatefulOptimizer
 from agr_hf.optim.zero import Partition, PartitionStep, check_loaded, is_partitioned
 
@@ -197,16 +197,22 @@ class StepOptimizer(StatefulOptimizer):
         """The step itself, without what torch's hooks add to `step`."""
         check_graph_capture(self)
         request = self._clip_request
+        unscale = self._read_loss_scale()
+        if unscale is None:
+            self._clip_request = None
+            if request is not None:
+                request[1].fill_(math.inf)
+            return
         limits = [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in self.param_groups]
         limits = limits if request is None else [min(limit, request[0]) for limit in limits]
         clipping = request is not None or min(limits) < math.inf
         plan = self._look(clipping)
         self._clip_request = None  # a refused step leaves it in place
-        signs: list[Scalar] = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
+        signs: list[Scalar] = [-unscale if group["maximize"] else unscale for group in self.param_groups]
         # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
         sums, scales = None, signs
         if clipping or plan.is_sharded:
-            sums, scales, norm = self._reduce(plan, signs, limits, clipping)
+            sums, scales, norm = self._reduce(plan, signs, limits, unscale, clipping)
             if request is not None:
                 request[1].fill_(norm)
         plan.count_groups()
@@ -214,6 +220,21 @@ class StepOptimizer(StatefulOptimizer):
             if any(part.live):
                 part.update(sums, scales)
         self.after_step(plan)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether it leaves unscaling and skipping to `step`. True where torch's optimizers say so too,
+        with fused=True. Not by default: it saves no reading of the gradients, and Accelerate knows of a skipped step only
+        where GradScaler does not call `step`."""
+        return all(bool(group["fused"]) for group in self.param_groups)
+
+    def _read_loss_scale(self) -> float | None:
+        """What turns gradients of a scaled loss into gradients, for whoever sets `grad_scale` and `found_inf` as GradScaler
+        does for fused optimizers; None where they overflowed, and the step is none."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and as_number(found_inf, torch.float32, torch.device("cpu")).item():
+            return None
+        return 1.0 if grad_scale is None else 1.0 / as_number(grad_scale, torch.float64, torch.device("cpu")).item()
 
     def after_step(self, plan: Plan) -> None:
         """What a rule says to the user of a step that is done."""
@@ -269,7 +290,7 @@ class StepOptimizer(StatefulOptimizer):
         return self.plan
 
     def _reduce(
-        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], clipping: bool
+        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], unscale: float, clipping: bool
     ) -> tuple[Sums, list[Scalar], Scalar]:
         """Sums over all tensors and ranks, what the gradients of each group are multiplied by, and the global norm.
 
@@ -286,7 +307,7 @@ class StepOptimizer(StatefulOptimizer):
         plan.add_over_ranks([(sums.norms, early), (sums.squares, range(len(plan.rows)) if clipping else ())])
         if not clipping:
             return sums, list(signs), 0.0
-        norm = _root_of_sum(sums.squares)
+        norm = _root_of_sum(sums.squares) * unscale
         scales = [_factor(limit, norm) * sign for sign, limit in zip(signs, limits, strict=True)]
         if late:
             for part in plan.parts:

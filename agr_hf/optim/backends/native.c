@@ -157,15 +157,16 @@ static chunk_t make_chunk(const job_t *j, int64_t index) {
     int64_t row = j->chunk_row[index], at = j->chunk_at[index], flags = j->flags[row], left = j->numel[row] - at;
     const double *numbers = j->numbers + NUMBERS * j->class[row];
     int p_size = flags & PARAM_BF16 ? 2 : 4, g_size = flags & GRAD_BF16 ? 2 : 4;
+    /* Clipping's squares are of the gradient alone, and it is not known yet what it is scaled by. */
+    int coupled = is_coupled(j, row) && !(j->mode & SQUARES);
     chunk_t c = {
         .param = (char *)(intptr_t)j->address[0][row] + at * p_size,
         .grad = (const char *)(intptr_t)j->address[1][row] + at * g_size,
         .n = left < CHUNK ? left : CHUNK,
         .param_is_bf16 = (flags & PARAM_BF16) != 0,
         .grad_is_bf16 = (flags & GRAD_BF16) != 0,
-        /* Clipping's squares are of the gradient alone, and it is not known yet what it is scaled by. */
-        .coupled = is_coupled(j, row) && !(j->mode & SQUARES),
-        .scale = numbers[0],
+        .coupled = coupled,
+        .scale = j->mode & SUMS_ONLY && !coupled ? 1 : numbers[0], /* sums that are handed out are of raw gradients */
         .l2 = numbers[1],
     };
     for (int k = 0; k < j->states; k++) c.state[k] = (float *)(intptr_t)j->address[2 + k][row] + at;
