@@ -73,7 +73,8 @@ class Adan(_Adan):
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: decay outside the gradient. Default 0.
         **options: `proximal`: decay as `p /= 1 + lr * weight_decay` after the update, False as `p *= 1 - lr * weight_decay`
-            before it, default True. `max_grad_norm`, `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
+            before it, default True. `max_grad_norm`, `foreach`, `fused`, `maximize`, `rounding`,
+            `rounding_seed`, `state_dtype` and `capturable` as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends.look import TYPES, look_of, read_grads
+from agr_hf.optim.rounding import RandomBits
 from agr_hf.optim.shards import Scalar, as_number, local, reduced, widest
 
 if TYPE_CHECKING:
@@ -131,6 +132,15 @@ class Part(ABC):
             key: Column(key, self.states, self.number_dtype(device), device) for key in optimizer.scalar_state
         }
         self.columns = [self.steps, *self.scalars.values()]
+        # Which rows round at random, and what they draw.
+        self.at_random = [
+            row.group["rounding"] == "stochastic"
+            and torch.bfloat16 in (param.dtype, *optimizer.tensor_state(param, row.group).values())
+            for row, param in zip(rows, params, strict=True)
+        ]
+        self.random_bits = None
+        if any(self.at_random):
+            self.random_bits = RandomBits(rows, [present.params[i] for i in self.indices], counted_on)
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         """Of the rule's numbers of each row."""

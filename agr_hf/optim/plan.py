@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
 # What of a group decides how its tensors are treated, besides the suspension of AGR and whether weights decay.
-PLANNED = ("min_ndim", "second_moment", "foreach", "fused", "capturable", "decoupled")
+PLANNED = (
+    "min_ndim",
+    "second_moment",
+    "foreach",
+    "fused",
+    "capturable",
+    "decoupled",
+    "rounding",
+    "rounding_seed",
+    "state_dtype",
+)
 
 
 class Plan:
@@ -119,7 +129,8 @@ class Plan:
                     "step there is"
                 )
             device = present.locals[i].device
-            parts.setdefault((is_native, device, row.group["capturable"]), []).append(row)
+            keys = tuple(optimizer.tensor_state(present.params[i], row.group))
+            parts.setdefault((is_native, device, row.group["capturable"], keys), []).append(row)
         return [
             (native.NativePart if is_native else ListsPart)(optimizer, rows, present, new)
             for (is_native, *_), rows in parts.items()

@@ -131,6 +131,11 @@ class StepOptimizer(StatefulOptimizer):
                 f"shape {tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
                 "quantized ones (integers, float8) out"
             )
+        if group["rounding"] != "nearest" and param.dtype == torch.float16:
+            raise ValueError(
+                f"{name}: rounding={group['rounding']!r} is for bfloat16 parameters, and one of float16 was given; train "
+                "float32 parameters under autocast, or bfloat16 ones"
+            )
         if group["fused"]:
             kernel = native.missing_kernel(self.native_rule, local(param))
             if kernel:
@@ -223,9 +228,9 @@ class StepOptimizer(StatefulOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What GradScaler asks: whether it leaves unscaling and skipping to `step`. True where torch's optimizers say so too,
-        with fused=True. Not by default: it saves no reading of the gradients, and Accelerate knows of a skipped step only
-        where GradScaler does not call `step`."""
+        """What GradScaler asks: whether it leaves unscaling and skipping to `step`. True with fused=True, as in torch's
+        optimizers. Not by default: it saves no reading of the gradients, and Accelerate knows of a skipped step only where
+        GradScaler does not call `step`."""
         return all(bool(group["fused"]) for group in self.param_groups)
 
     def _read_loss_scale(self) -> float | None:

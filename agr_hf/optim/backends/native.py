@@ -29,7 +29,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 RULES = {"adam": 0, "adan": 1}
 # Modes of a call and flags of a tensor; the same in native.c.
 SUMS_ONLY, SQUARES, COUPLED_ONLY, NORMS_GIVEN = 1, 2, 4, 8
-PSI, SECOND_REGULARIZED, COUPLED, SCALED_BY_NORM, PARAM_BF16, GRAD_BF16 = 1, 2, 4, 8, 16, 32
+PSI, SECOND_REGULARIZED, COUPLED, SCALED_BY_NORM, PARAM_BF16, GRAD_BF16, MOMENT_BF16, AT_RANDOM = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+)
 NUMBERS = 16
 
 _said = False
@@ -104,13 +113,14 @@ class NativePart(Part):
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
         super().__init__(optimizer, rows, present, new)
-        self.rule, self.keys = RULES[optimizer.native_rule or ""], tuple(optimizer.state_keys)
+        self.rule = RULES[optimizer.native_rule or ""]
         params = [present.locals[i] for i in self.indices]
+        self.keys = tuple(optimizer.tensor_state(params[0], rows[0].group))  # of all rows: see Plan
         self.layouts = [Layout(param) for param in params]
         self.is_whole = len(rows) == len(present.params)
         self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
-        for param, layout, state in zip(params, self.layouts, self.states, strict=True):
-            optimizer.lay_state(param, layout, state)
+        for row, param, layout, state in zip(rows, params, self.layouts, self.states, strict=True):
+            optimizer.lay_state(param, row.group, layout, state)
         # Gradients in another memory order than their parameter are copied into its order in each step.
         self.copied = {
             k: layout
@@ -124,7 +134,9 @@ class NativePart(Part):
             | SCALED_BY_NORM * optimizer.uses_norms
             | PARAM_BF16 * (param.dtype == torch.bfloat16)
             | GRAD_BF16 * (grad_look[0] == torch.bfloat16)
-            for row, param, grad_look in zip(rows, params, self.grad_looks, strict=True)
+            | MOMENT_BF16 * (row.group["state_dtype"] is not None)
+            | AT_RANDOM * at_random
+            for row, param, grad_look, at_random in zip(rows, params, self.grad_looks, self.at_random, strict=True)
         ]
         self.fixed = array("q", [param.numel() for param in params] + flags)
         self.groups = {row.group_index: row.group for row in rows}
@@ -197,9 +209,10 @@ class NativePart(Part):
     @torch._disable_dynamo  # torch.compile cannot trace C
     def _run(self, mode: int, classes: array[int], numbers: array[float]) -> None:
         before = self.scalars["pre_l1_norm"].vector.data_ptr() if "pre_l1_norm" in self.scalars else 0
+        first = b"" if self.random_bits is None else array("q", self.random_bits.first(self.steps.vector).tolist())
         _native.run(
-            self.rule, len(self.keys), mode, torch.get_num_threads(), self.addresses, self.fixed, classes, numbers,
-            self.norms, self.squares, before,
+            self.rule, len(self.optimizer.state_keys), mode, torch.get_num_threads(), self.addresses, self.fixed,
+            classes, numbers, self.norms, self.squares, before, first,
         )  # fmt: skip
 
     def _classes(self, scales: Sequence[Scalar]) -> tuple[array[int], array[float]]:
