@@ -174,14 +174,8 @@ def check_group(group: Mapping[str, Any], optimizer: str, options: Mapping[str, 
             "out a group's parameters (ZeroRedundancyOptimizer does), give it groups with one answer each: "
             "agr_param_groups(model)",
         )
-    if group["fused"] and (group["foreach"] is not None or group["capturable"]):
-        refuse("fused", "None or False together with foreach or capturable: they compute the step in different ways")
-    if group.get("agr_steps") is not None and group["capturable"]:
-        refuse(
-            "agr_steps",
-            "None together with capturable=True: a CUDA graph repeats what it recorded; set group['agr'] = False and "
-            "record again",
-        )
+    if group["fused"] and group["foreach"] is not None:
+        refuse("fused", "None or False together with foreach: they compute the step in different ways")
 
 
 def use_plain_numbers(group: dict[str, Any]) -> None:

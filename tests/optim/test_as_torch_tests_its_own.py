@@ -72,7 +72,6 @@ def every_way_and_rule(names):
             for name in names
             for rule in rules(name)
             for way in ways(name)
-            if not (way.get("capturable") and "agr_steps" in rule)
         ],
     )
 
@@ -237,8 +236,7 @@ def test_every_way_makes_the_same_five_steps(name, rule, grouped, dtype):
     first, *others = [
         five_steps(name, grouped, {**rule, **way}, dtype)
         for way in ways(name)
-        if not (way.get("capturable") and "agr_steps" in rule)
-        and not (way.get("fused") and dtype == torch.float64 and name != STOCK)  # no kernel: refused
+        if not (way.get("fused") and dtype == torch.float64 and name != STOCK)  # no kernel: refused
     ]
     # float32: torch's own tolerance, scaled to five steps of 1e-2 on weights of 1.
     tolerances = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}

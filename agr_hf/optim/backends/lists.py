@@ -6,6 +6,7 @@ in float32 or float64; memory formats, low precision, blocks and clipping are do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import compress
 from typing import Any
@@ -298,5 +299,11 @@ def _guard(items: Sequence[Item]) -> None:
     for indices in by_device_and_dtype([item.norm for item in on_device]):  # type: ignore[misc]
         stacked = torch.stack([on_device[i].norm for i in indices])  # type: ignore[misc]
         usable = (stacked > 0) & (stacked < float("inf"))
+        limits = [on_device[i].group["agr_steps"] for i in indices]
+        if any(limit is not None for limit in limits):
+            # A recorded step ends AGR by itself.
+            last = torch.tensor([math.inf if limit is None else limit for limit in limits], device="cpu")
+            steps = torch.stack([torch.as_tensor(on_device[i].step) for i in indices])
+            usable &= steps <= last.to(steps.device, non_blocking=True)
         for i, norm in zip(indices, torch.where(usable, stacked, float("inf")).unbind(), strict=True):
             on_device[i].norm = norm
