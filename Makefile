@@ -68,7 +68,8 @@ bench: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	rm -rf site
-	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs site
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet --fresh-env \
+		--doctree-dir build/doctrees docs site
 	$(BIN)/python -m pytest -m docs
 	@echo "The site is in site/: open site/index.html."
 

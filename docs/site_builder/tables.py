@@ -106,11 +106,10 @@ def describe_claims(names: str) -> str:
     for name in names.split():
         claim = CLAIMS[name]
         finding = claim.judge(found[name]["measured"]) if name in found else None
-        what = (
-            "*not measured*."
-            if finding is None
-            else f"**{finding.verdict}** ({finding.n} values or seeds). {finding.effect}"
-        )
+        what = "Not measured."
+        if finding:
+            verdict, effect = (text[0].upper() + text[1:] for text in (finding.verdict, finding.effect))
+            what = f"**{verdict}** (n = {finding.n}). {effect}."
         lines.append(f"- `{name}` ({claim.paper}, {claim.where}): {claim.says}. {what}")
     return "\n".join(lines)
 
