@@ -41,7 +41,8 @@ def test_the_links_of_a_page_lead_to_files_and_headings(page):
             continue
         path, _, anchor = link.partition("#")
         target = page if not path else (page.parent / unquote(path)).resolve()
-        assert target.exists(), link
+        # Of the site's pages none may name a folder: it would be taken for a page of that name.
+        assert target.is_file() or (target.is_dir() and page not in PAGES), link
         if anchor and target.suffix == ".md":
             assert anchor in find_anchors(target), link
 
