@@ -70,7 +70,7 @@ docs: $(VENV)/installed
 	rm -rf site
 	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet --fresh-env \
 		--doctree-dir build/doctrees docs site
-	$(BIN)/python -m pytest -m docs
+	$(BIN)/python -m pytest tests/test_docs.py -m docs
 	@echo "The site is in site/: open site/index.html."
 
 # Installed again whenever the requirements change. The stamp is written last: an interrupted installation is resumed.
