@@ -41,6 +41,8 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 def describe_backends() -> dict[str, Any]:
     """Which backends of the step are there: true, or `{"available": False, "why": ..., "what_to_do": ...}`."""
+    import torch
+
     from agr_hf.optim.backends import gpu, native
 
     multi_tensor = "on a GPU the multi-tensor path serves"
