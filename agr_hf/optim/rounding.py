@@ -37,11 +37,11 @@ def mix(x: Any) -> Any:
 class RandomBits:
     """Of the tensors of some rows: where each begins in the sequence of random numbers that its step draws."""
 
-    def __init__(self, rows: list[Row], params: list[Tensor], device: torch.device) -> None:
+    def __init__(self, rows: list[Row], params: list[Tensor], device: torch.device, first_index: int) -> None:
         prefixes, offsets = [], []
         for row, param in zip(rows, params, strict=True):
             offset, place = place_of_shard(param)
-            prefixes.append(mix(mix(mix(row.group["rounding_seed"] & _MASK) ^ row.index) ^ place))
+            prefixes.append(mix(mix(mix(row.group["rounding_seed"] & _MASK) ^ (first_index + row.index)) ^ place))
             offsets.append(offset & _MASK)
         self.prefixes = torch.tensor(prefixes, dtype=torch.int64, device="cpu").to(device)
         self.offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu").to(device)

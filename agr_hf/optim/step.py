@@ -85,6 +85,7 @@ class StepOptimizer(StatefulOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self.plan: Plan | None = None
+        self.first_index = 0  # of its parameters among those of an optimizer that hands them out one by one
         self.partition: Partition | None = None  # the parameters are pieces of layers in it
         self._partitions: dict[int, PartitionStep] = {}  # by the id of the flat tensor, which it keeps
         self._clip_request: tuple[float, Tensor] | None = None  # of `clip_next_step`: the limit, and what gets the norm
@@ -212,6 +213,8 @@ class StepOptimizer(StatefulOptimizer):
         limits = limits if request is None else [min(limit, request[0]) for limit in limits]
         clipping = request is not None or min(limits) < math.inf
         plan = self._look(clipping)
+        if plan is None:
+            return
         self._clip_request = None  # a refused step leaves it in place
         signs: list[Scalar] = [-unscale if group["maximize"] else unscale for group in self.param_groups]
         # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
@@ -279,9 +282,12 @@ class StepOptimizer(StatefulOptimizer):
                     self.init_state(flat, group)
 
     @torch._disable_dynamo  # torch.compile cannot trace identities and addresses
-    def _look(self, clipping: bool) -> Plan:
-        """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses."""
+    def _look(self, clipping: bool) -> Plan | None:
+        """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses. None where no
+        parameter has a gradient, and none can have one on another rank."""
         present = Present(self.param_groups)
+        if not clipping and present.is_idle and self.partition is None:
+            return None
         if self.plan is None or not self.plan.fits(self, present):
             self.plan = None
             plan = Plan(self, present, clipping)

@@ -69,9 +69,7 @@ def select_instructions(name: str | None = None) -> str:
 
 def missing_kernel(rule: str | None, param: Tensor) -> str | None:
     """What keeps the native step from a parameter, to follow "has no fused kernel", or None."""
-    if rule is None:
-        return "of its rule"
-    if not param.is_cpu and (param.device.type not in gpu.DEVICES or gpu.why_not()):
+    if rule is None or not (param.is_cpu or (param.device.type in gpu.DEVICES and gpu.why_not() is None)):
         return f"on {param.device.type}"
     if param.dtype not in DTYPES:
         return f"for {param.dtype} (only for float32 and bfloat16)"
