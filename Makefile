@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs clean
-.PHONY: test-launch test-hosts test-kills test-postgres
+.PHONY: gpu-ready bench-gpu test-launch test-hosts test-kills test-postgres
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
@@ -39,8 +39,18 @@ test-deepspeed: $(VENV)/installed
 		"deepspeed>=0.19" hjson ninja py-cpuinfo msgpack einops
 	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest -m deepspeed
 
-test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -m gpu
+# On a machine with a GPU, with the Python that has its torch; each writes one JSON below benchmarks/results. The extension is
+# built where a compiler is there: it looks at tensors faster.
+GPU_PYTHON ?= python3
+GPU_NAME = $(shell $(GPU_PYTHON) -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+gpu-ready:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . || echo "The extension was not built."
+
+test-gpu: gpu-ready
+	$(GPU_PYTHON) -m pytest tests/optim/test_cuda.py -m gpu --summary benchmarks/results/tests-$(GPU_NAME).json
+
+bench-gpu: gpu-ready
+	$(GPU_PYTHON) benchmarks/step.py --device cuda --seconds 1 --out benchmarks/results/step-$(GPU_NAME).json
 
 # Every configuration file, each command of docs/scaling.md, deaths of ranks: some fifteen minutes on 2 cores.
 test-launch: $(VENV)/installed

@@ -83,6 +83,12 @@ def make_compiled_adamw(params):
     return optimizer
 
 
+def make_compiled_lists(params):
+    optimizer = made_by("agr_hf", "AGRAdamW", foreach=True, capturable=params[0].is_cuda)(params)
+    optimizer.step = torch.compile(optimizer.step)
+    return optimizer
+
+
 def make_schedulefree_adamw(params):
     optimizer = made_by("schedulefree", "AdamWScheduleFree")(params)
     optimizer.train()  # it refuses to step otherwise
@@ -126,6 +132,9 @@ _LIST = (
     # A C++ loop that is compiled when one is first made, which takes a minute or more.
     enlist_other("deepspeed", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
     Contestant("torch AdamW compiled", make_compiled_adamw, group="compiled", compiles=True),
+    enlist_ours("AGRAdamW foreach", "AGRAdamW", AGR_BYTES, "others", foreach=True),
+    Contestant("AGRAdamW foreach compiled", make_compiled_lists, AGR_BYTES, "compiled", compiles=True, ours=True),
+    Contestant("flashoptim FlashAdamW", made_by("flashoptim", "FlashAdamW"), package="flashoptim"),
     Contestant("heavyball AdamW", made_by("heavyball", "AdamW"), group="compiled", package="heavyball", compiles=True),
 )
 CONTESTANTS = {contestant.name: contestant for contestant in _LIST}

@@ -9,6 +9,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="agr-hf-tests-")  # not the user
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
 import multiprocessing
 import shutil
 import subprocess
@@ -70,3 +71,18 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--summary", metavar="FILE", help="write how many tests passed, and on which device, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--summary"):
+        from agr_hf.environment import environment
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        counts = {kind: len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "failed", "error", "skipped")}
+        failures = [report.nodeid for report in terminalreporter.stats.get("failed", [])]
+        text = json.dumps({**counts, "failures": failures, **environment(device)}, indent=2)
+        Path(config.getoption("--summary")).write_text(text + "\n")

@@ -8,7 +8,8 @@ from agr_hf import agr, l1_norms
 from agr_hf.optim.registry import OPTIMIZERS
 
 pytestmark = pytest.mark.gpu
-VARIANTS = [{}, {"foreach": True}, {"foreach": False}, {"capturable": True}]
+VARIANTS = [{}, {"foreach": True}, {"foreach": False}, {"capturable": True}, {"foreach": False, "capturable": True}]
+WITH_KERNELS = [name for name in OURS if getattr(OPTIMIZERS[name].cls, "native_rule", None)]
 
 
 def on_device(thetas, dtype):
@@ -82,6 +83,62 @@ def test_a_captured_graph_repeats_the_step(name):
         other.step()
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_triton_takes_two_launches_a_step(name):
+    _, optimizer = stepped(name, torch.float32, {}, gradients(3))
+    assert {type(part).__name__ for part in optimizer.plan.parts} == {"GPUPart"}
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    launches = [
+        event.key for event in profile.key_averages() if event.key.endswith("_kernel") for _ in range(event.count)
+    ]
+    assert sorted(launches) == (["update_kernel"] if name == "adan" else ["sums_kernel", "update_kernel"])
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_low_precision_rounds_as_on_the_cpu(name, rounding, state_dtype):
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = [torch.randn(70, 1000, generator=generator).bfloat16() for _ in range(4)]
+    ends = []
+    for device in ("cpu", "cuda"):
+        param = torch.nn.Parameter(start.to(device))
+        optimizer = OPTIMIZERS[name].cls([param], lr=1e-3, rounding=rounding, state_dtype=state_dtype)
+        for grad in grads:
+            param.grad = grad.to(device)
+            optimizer.step()
+        ends.append(param.detach().cpu())
+    assert (ends[0] != ends[1]).float().mean() < 1e-2
+    torch.testing.assert_close(*ends, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, {"foreach": False}], ids=["triton", "lists"])
+def test_a_graph_reads_the_rate_and_ends_agr_by_itself(variant):
+    ends = []
+    for recorded in (True, False):
+        rate = torch.tensor(0.01, device="cuda")
+        param = torch.nn.Parameter(torch.ones(20, 30, device="cuda"))
+        param.grad = torch.linspace(-1, 1, 600, device="cuda").view(20, 30)
+        optimizer = OPTIMIZERS["agr_adamw"].cls([param], lr=rate, agr_steps=4, capturable=True, **variant)
+        for _ in range(2):
+            optimizer.step()
+        take_step = optimizer.step
+        if recorded:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            take_step = graph.replay
+        for step in range(4):
+            rate.fill_(0.01 / (step + 1))
+            take_step()
+        ends.append((param.detach(), optimizer.state[param]["step"]))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
+    assert ends[0][1] == ends[1][1] == 6
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -160,9 +160,9 @@ class GPUPart(Part):
 
     def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
         given = self.row_norms
-        if sums is None:
+        if sums is None and any(row.needs_norm for row in self.rows):
             self._launch_sums(scales, squares=False, coupled_only=False, handed_out=False)
-        else:
+        elif sums is not None:
             given = as_vector([sums.norms[i] for i in self.indices], self.device.type).to(torch.float64)
         self._launch_update(given, scales, norms_given=sums is not None)
         torch.autograd.graph.increment_version(
