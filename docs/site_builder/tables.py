@@ -14,6 +14,8 @@ from agr_hf.tasks.recipes import IMAGE_RECIPES
 
 ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "benchmarks/results/step-cpu-2-threads.json"
+PRECISION = ROOT / "benchmarks/results/low-precision.json"
+RELEASED = ROOT / "benchmarks/results/in-backward.json"
 MODELS = {
     "bert-small": "BERT-small, 29M parameters",
     "bert-base": "BERT-base, 110M parameters",
@@ -123,6 +125,48 @@ def describe_optimizers(_: str) -> str:
     return make_table(["class", "name", "what it is", "published in"], rows)
 
 
+def describe_precision(_: str) -> str:
+    """Validation losses in bfloat16 beside float32."""
+    found = json.loads(PRECISION.read_text(encoding="utf-8"))
+    titles = {
+        "digits": "A ViT of 105,000 parameters on scikit-learn's digits",
+        "albert": "A small ALBERT on the embedded text",
+    }
+    texts = []
+    for name, workload in found["workloads"].items():
+        if "table" not in workload:
+            continue
+        rows = [
+            [
+                row["variant"],
+                f"{row['bytes']:.0f}",
+                f"{row['loss']:.4f}",
+                f"{row['more_loss']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else "",
+                row.get("verdict", ""),
+            ]
+            for row in workload["table"]
+        ]
+        head = ["parameters", "bytes of a parameter", "validation loss", "above float32, 95% interval", "verdict"]
+        texts.append(f"{titles[name]}, {workload['table'][0]['n']} seeds:\n\n{make_table(head, rows)}")
+    conditions = (
+        f"The bytes are of a parameter, its gradient and its state. A difference of {found['margin']} does not matter here. "
+        f"Measured by `python benchmarks/low_precision.py` on {found['environment']['device']}, torch "
+        f"{found['environment']['versions']['torch']}, and kept in `benchmarks/results/{PRECISION.name}`."
+    )
+    return "\n\n".join([*texts, conditions])
+
+
+def describe_released(_: str) -> str:
+    """Memory of a step inside of the backward pass."""
+    found = json.loads(RELEASED.read_text(encoding="utf-8"))
+    after, inside = (found["ways"][way] for way in ("after the backward pass", "inside of it"))
+    return (
+        f"BERT-base ({after['parameters'] / 1e6:.0f} million float32 parameters), one text of {found['tokens']} tokens, "
+        f"{found['device']}: {inside['peak_mib']:,.0f} MiB at most instead of {after['peak_mib']:,.0f}. The largest gradient, "
+        f"of the embedding, stays. Measured by `python benchmarks/in_backward.py`; GPUs: not measured."
+    )
+
+
 class MarkdownDirective(SphinxDirective):
     """Parses the Markdown that `write` returns for the directive's argument."""
 
@@ -132,7 +176,7 @@ class MarkdownDirective(SphinxDirective):
     write = None
 
     def run(self):
-        for path in (STEPS, *sorted((ROOT / "docs/claims").glob("*.json"))):
+        for path in (STEPS, PRECISION, RELEASED, *sorted((ROOT / "docs/claims").glob("*.json"))):
             self.env.note_dependency(str(path))
         return self.parse_text_to_nodes(type(self).write(" ".join(self.arguments)))
 
@@ -141,6 +185,7 @@ def setup(app):
     for name, write in {
         "names": describe_names, "hyperparameters": describe_hyperparameters, "recipes": describe_recipes,
         "cost": describe_cost, "claims": describe_claims, "optimizers": describe_optimizers,
+        "precision": describe_precision, "released": describe_released,
     }.items():  # fmt: skip
         app.add_directive(name, type(name, (MarkdownDirective,), {"write": staticmethod(write)}))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
