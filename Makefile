@@ -70,7 +70,7 @@ docs: $(VENV)/installed
 	$(BIN)/pdoc --output-directory site agr_hf $(addprefix agr_hf.,optim integrations tasks hub experiments)
 
 # Installed again whenever the requirements change. The stamp is written last: an interrupted installation is resumed.
-$(VENV)/installed: pyproject.toml agr_hf/optim/backends/native.c agr_hf/optim/backends/kernels.h
+$(VENV)/installed: pyproject.toml $(wildcard agr_hf/optim/backends/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "agr_hf needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 		"name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }

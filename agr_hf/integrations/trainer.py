@@ -20,6 +20,7 @@ from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.optimizer_states import loads_older_state
 from agr_hf.integrations.random_states import kept_random_states
+from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
 from agr_hf.optim.shards import is_dtensor
@@ -44,9 +45,30 @@ def register() -> None:
     Trainer's clipping moves into the step of the package's optimizers, where that is the same.
     """
     private.move_trainer_clipping(clip_in_step)
+    private.name_optimizer_in_cards(describe_optimizer)
     for info in OPTIMIZERS.values():
         if info.name not in TRAINERS_OWN:
             private.add_trainer_optimizer(info.name, _handler(info))
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer | None) -> str | None:
+    """An optimizer of the package as its class would be called, for a model card; None for others."""
+    optimizer = None if optimizer is None else unwrapped(optimizer)
+    info = next((info for info in OPTIMIZERS.values() if info.ours and info.cls is type(optimizer)), None)
+    if optimizer is None or info is None:
+        return None
+    # Of several groups the first decays; what is None there is an option that was not used.
+    group = optimizer.param_groups[0]
+    values = {"lr": group.get("initial_lr", group["lr"])}
+    values |= {key: group[key] for key in inspect.signature(info.cls).parameters if key in group and key not in values}
+    shown = [
+        f"{key}={_plain(value)}" for key, value in values.items() if key not in ("params", "agr") and value is not None
+    ]
+    return f"{info.name}: {info.title}, {info.cls.__name__}({', '.join(shown)})"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
@@ -97,7 +119,7 @@ def trainer_optimizer(
 
     Clipping moves into its step as with `agr_hf.register`, and stays with Trainer where this transformers has no place for
     it. Learning rate, betas, epsilon and weight decay come from `args`, as for `--optim`; `options` win over them. The model
-    card that Trainer writes names `args.optim` whatever runs: after `agr_hf.register()`, `optim=name` is named right.
+    card that Trainer writes names the optimizer with these.
 
     Args:
         name: one of `agr_hf.list_optimizers()`.
@@ -111,6 +133,7 @@ def trainer_optimizer(
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("agr_adamw", args, agr_steps=1000), ...)
     """
     private.move_trainer_clipping(clip_in_step)
+    private.name_optimizer_in_cards(describe_optimizer)
     check_launch(args)
     info = optimizer_info(name)
     unknown = set(options) - set(inspect.signature(info.cls).parameters)
@@ -291,7 +314,7 @@ def optimizer_arguments(info: OptimizerInfo, args: TrainingArguments, options: d
         given = (args.adam_beta1, args.adam_beta2)
         if len(default) == len(given):
             arguments["betas"] = given
-        elif given != (0.9, 0.999):
+        elif given != (0.9, 0.999) and "betas" not in options:
             logger.warning(
                 "%s has %d betas: adam_beta1=%g and adam_beta2=%g are not used, its own %s are; set them with "
                 "optim_args='beta1=...,beta2=...,beta3=...'",
