@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agr_hf.errors import UserError
+from agr_hf.errors import UserError, describe_missing
 from agr_hf.version import __version__
 
 
@@ -324,8 +324,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:
-        hint = "install it, or all that the experiments need, in a checkout of agr_hf: pip install '.[train]'"
-        print(f"agr-hf: {error.name} is not installed; {hint}", file=sys.stderr)
+        missing = describe_missing(error)
+        if missing is None:
+            raise
+        print(f"agr-hf: {missing}", file=sys.stderr)
         return 1
     except (UserError, OSError, RuntimeError) as error:
         print(f"agr-hf: {error}", file=sys.stderr)

@@ -33,6 +33,7 @@ CITATION = """@misc{agr2024,
 }"""
 LAYERS_SHOWN = 10
 MOST_PANELS = 6  # of metrics, in the picture
+LEAST_SPAN = 0.1  # of an axis, as a share of its largest value
 # What FID and IS are of, by the field's convention.
 SAMPLES = 50_000
 # What the Hub takes for the id of a data set, and for a tag.
@@ -71,6 +72,16 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 register_small_image_models()  # networks for small images are timm's with other stems
 processor = AutoImageProcessor.from_pretrained({repo_id})
+model = AutoModelForImageClassification.from_pretrained({repo_id})""",
+    ),
+    "demo": Task(
+        what="The demo's image classifier",
+        library="transformers",
+        pipeline="image-classification",
+        split="test",
+        metrics={"test_accuracy": "Test accuracy", "test_loss": "Test loss", "loss": "Validation loss"},
+        usage="""from transformers import AutoModelForImageClassification
+
 model = AutoModelForImageClassification.from_pretrained({repo_id})""",
     ),
     "albert": Task(
@@ -313,13 +324,17 @@ def draw_curves(run: RunRecord, path: Any) -> bool:
             drawn.append(series)
     if not drawn:
         return False
-    figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(drawn), 3.3), layout="constrained")
     for axes, series in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for label, points in series:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        low, high = axes.get_ylim()
+        wide = LEAST_SPAN * max(abs(low), abs(high))
+        if high - low < wide:  # a change of a fraction of a percent is no collapse
+            axes.set_ylim((low + high - wide) / 2, (low + high + wide) / 2)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series), frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Opti
         """What Trainer asks for: an optimizer class and its arguments, groups under "params"."""
         check_launch(context.args)
         options = parse_optim_args(info, context.args.optim_args)
+        _say_l2(info, context.args.weight_decay, options)
         arguments = optimizer_arguments(info, context.args, options)
         sets_agr_flags = context.model is not None and _regularizes(info, arguments)
         return (_with_agr_flags(info.cls, context.model) if sets_agr_flags else info.cls), arguments
@@ -93,6 +94,16 @@ def _with_agr_flags(cls: type[torch.optim.Optimizer], model: torch.nn.Module) ->
             return optimizer
 
     return Grouped
+
+
+def _say_l2(info: OptimizerInfo, weight_decay: float, options: Mapping[str, Any]) -> None:
+    """Trainer's `weight_decay` is AdamW's for most users; AdaL's is another thing."""
+    if info.name == "adal" and weight_decay and not options.get("decoupled"):
+        logger.warning(
+            "weight_decay=%g is L2 in AdaL, as its paper has it: part of the gradient before it is scaled; with "
+            "optim_args='decoupled=true' weights decay as in AdamW",
+            weight_decay,
+        )
 
 
 def _regularizes(info: OptimizerInfo, arguments: dict[str, Any]) -> bool:
@@ -140,6 +151,7 @@ def trainer_optimizer(
     if unknown:
         raise UserError(_unknown(info, sorted(unknown)))
     weight_decay = options.pop("weight_decay", args.weight_decay)
+    _say_l2(info, weight_decay, options)
     return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
 
 

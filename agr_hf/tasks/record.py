@@ -262,6 +262,16 @@ def read_record(source: str | os.PathLike[str] | bytes) -> RunRecord:
         raise UserError(f"{name} is not of a run of agr_hf's scripts: {find_reason(error)}") from None
 
 
+def read_records(folder: str | os.PathLike[str]) -> list[RunRecord]:
+    """The records of a demo, whose `results.json` holds several under "runs"; of another folder the only one."""
+    path = Path(folder) / "results.json"
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        runs = None
+    return [read_record(json.dumps(run).encode()) for run in runs] if isinstance(runs, list) else [read_record(folder)]
+
+
 def argument_words(arguments: Mapping[str, Argument]) -> list[str]:
     """Arguments as the words of a command line: `--name value`, `--name a b` for a list, true and false in letters.
 

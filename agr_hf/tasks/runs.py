@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agr_hf.errors import UserError
+from agr_hf.errors import UserError, describe_missing
 from agr_hf.integrations.checkpoints import latest_checkpoint
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.flattened import layer_groups
@@ -25,7 +25,7 @@ EMBEDDED = ("digits", "pydoc-topics")
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: an error for the user is said in a sentence, all others keep their traceback.
+    """Run a script's `main`: an error for the user and a missing extra are said in a sentence, others keep their traceback.
 
     The first process logs what happens, the others only warnings. Processes of a launcher destroy their process group at
     the end, as NCCL asks for.
@@ -39,6 +39,11 @@ def run_main(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         raise SystemExit(f"{Path(main.__code__.co_filename).name}: {error}") from None
+    except ModuleNotFoundError as error:
+        missing = describe_missing(error)
+        if missing is None:
+            raise
+        raise SystemExit(f"{Path(main.__code__.co_filename).name}: {missing}") from None
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -184,8 +184,8 @@ def test_metrics_in_tables_and_of_numpy_are_recorded(tmp_path):
 
 def test_arguments_keep_no_secret_and_no_path(monkeypatch):
     argv = ["conf.yaml", "--lr", "1e-3", "--flag", "--layers", "1", "2", "--wandb_api_key", "abc",
-            "--hub-token=x",
-            "-c", "3", "--offset", "-1", "--password", "p q", "logger.api_key=abc", "--data", "/home/me/data.csv"]  # fmt: skip
+            "--hub-token=x", "-c", "3", "--offset", "-1", "--password", "p q", "logger.api_key=abc",
+            "--data", "/home/me/data.csv"]  # fmt: skip
     found = script_arguments(argv)[1]
     assert found == {
         "": "conf.yaml", "lr": "1e-3", "flag": [], "layers": ["1", "2"], "-c": "3", "offset": "-1",
