@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs clean
+.PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs dist clean
 .PHONY: test-launch test-hosts test-kills test-postgres
 
 demo: $(VENV)/installed
@@ -68,6 +68,13 @@ bench: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/pdoc --output-directory site agr_hf $(addprefix agr_hf.,optim integrations tasks hub experiments)
+
+# What a release uploads, as far as this machine builds it.
+dist: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # Installed again whenever the requirements change. The stamp is written last: an interrupted installation is resumed.
 $(VENV)/installed: pyproject.toml $(wildcard agr_hf/optim/backends/*.[ch])
