@@ -71,6 +71,9 @@ def write_own_record(
         return False
     optimizer = unwrapped(optimizer)
     groups, (script, arguments) = optimizer_groups(optimizer), script_arguments()
+    # Runs on data without a name are compared with those of the same script alone.
+    dataset = {**fields.pop("dataset", {})}
+    dataset["name"] = dataset.get("name") or f"the data of {script.removeprefix('-m ')}"
     # The arguments of a run need not be those of its optimizer, which the script may have made itself.
     largest = max(groups, key=lambda group: group["parameters"])
     facts = {
@@ -95,6 +98,7 @@ def write_own_record(
             optimizer=optimizer_name(optimizer),
             optimizer_groups=groups,
             metrics=flatten_metrics(metrics),
+            dataset=dataset,
             device=device,
             **fields,
         ).write(folder)
@@ -125,6 +129,8 @@ def _is_free(folder: str | os.PathLike[str]) -> bool:
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
     """Its name in `list_optimizers()`, or the name of its class; what the script calls it may be something else."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer  # DeepSpeed wraps it more than once
     group, names = optimizer.param_groups[0], []
     for info in OPTIMIZERS.values():
         if info.cls is type(optimizer) and all(group.get(key) == value for key, value in info.defaults.items()):
@@ -224,7 +230,7 @@ def describe_own_dataset(train: Any, evaluation: Any = None, name: str | None = 
     hub = sources[0] if sources and sources[0] and name is None else None
     split = getattr(evaluation, "split", None)
     return {
-        "name": name or (hub["id"] if hub else None) or (known if known and known not in NAMELESS else "its own data"),
+        "name": name or (hub["id"] if hub else None) or (known if known and known not in NAMELESS else None),
         "hub_id": hub["id"] if hub else None,
         "revision": hub["revision"] if hub else None,
         "config": getattr(info, "config_name", None) if hub else None,

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from launching import run_module
 from safetensors.torch import load_file
 from small import arguments, small_data, small_model, trainer_of
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import agr_hf
 from agr_hf import AGRAdan, attach_agr
@@ -20,7 +21,7 @@ from agr_hf.cli import main
 from agr_hf.hub.cards import draw_curves, model_card
 from agr_hf.integrations.accelerate import record_run
 from agr_hf.integrations.callbacks import RecordRun
-from agr_hf.tasks.own_run import describe_own_dataset, script_arguments
+from agr_hf.tasks.own_run import describe_own_dataset, optimizer_name, script_arguments
 from agr_hf.tasks.record import read_record
 
 # A user's script: it names neither the package nor a folder to resume from.
@@ -110,6 +111,35 @@ def test_an_optimizer_of_the_scripts_own_is_named_and_not_the_argument(tmp_path)
         run = read_record(folder)
         assert (run.optimizer, run.config["optim"], run.config["learning_rate"]) == (name, name, 0.5)
         assert run.config.get("agr_attached", False) is attached
+
+
+def test_an_optimizer_is_named_through_every_wrapper():
+    inner = AGRAdan(small_model().parameters())
+    assert optimizer_name(SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))) == "agr_adan"
+    params = list(small_model().parameters())
+    for optimizer, name in (
+        (torch.optim.Adam(params, amsgrad=True), "amsgrad"), (torch.optim.Adam(params), "adam"),
+        (torch.optim.SGD(params, momentum=0.9), "sgd"), (torch.optim.SGD(params), "SGD"),
+    ):  # fmt: skip
+        assert optimizer_name(optimizer) == name
+
+
+def test_a_hyperparameter_search_is_not_recorded(tmp_path):
+    pytest.importorskip("optuna", reason="optuna is missing: pip install 'agr-hf[train]'")
+    agr_hf.register()
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=2)
+    trainer = Trainer(
+        args=args,
+        train_dataset=small_data(32),
+        eval_dataset=small_data(16),
+        model_init=small_model,
+        callbacks=[RecordRun()],
+    )
+    space = {"hp_space": lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}}
+    trainer.hyperparameter_search(n_trials=1, backend="optuna", **space)
+    assert not list(tmp_path.rglob("results.json"))
+    trainer.train()
+    assert read_record(tmp_path).optimizer == "agr_adamw"
 
 
 def test_with_the_best_checkpoint_loaded_its_metrics_are_recorded(tmp_path):
@@ -226,7 +256,7 @@ def test_data_of_the_hub_are_known_by_id_and_revision():
         "name": "nyu-mll/glue", "hub_id": "nyu-mll/glue", "revision": "a" * 40, "config": "cola", "examples": 2,
         "split": "validation", "evaluated": 1,
     }  # fmt: skip
-    assert describe_own_dataset(datasets.Dataset.from_dict({"x": [1]}))["name"] == "its own data"
+    assert describe_own_dataset(datasets.Dataset.from_dict({"x": [1]}))["name"] is None
     assert describe_own_dataset(x for x in ())["examples"] is None
 
 
@@ -255,6 +285,7 @@ def test_agr_hf_run_records_and_the_commands_read_it(script, tmp_path):
     assert code == 0, out
     run = read_record(tmp_path / "runs/one")
     assert (run.script, run.arguments, run.optimizer) == ("it.py", {}, "agr_adamw")
+    assert run.dataset["name"] == "the data of it.py"
     assert main(["card", str(tmp_path / "runs/one"), "--repo-id", "tester/own"]) == 0
     card = (tmp_path / "runs/one/README.md").read_text()
     assert "agr-hf run it.py" in card
