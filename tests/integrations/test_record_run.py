@@ -132,7 +132,7 @@ def test_a_hyperparameter_search_is_not_recorded(tmp_path):
         args=args,
         train_dataset=small_data(32),
         eval_dataset=small_data(16),
-        model_init=small_model,
+        model_init=lambda: small_model(),
         callbacks=[RecordRun()],
     )
     space = {"hp_space": lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}}
