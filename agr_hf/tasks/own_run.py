@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.schema import find_reason
-from agr_hf.tasks.record import NOT_RECORDED, Argument, make_record
+from agr_hf.tasks.record import NOT_RECORDED, NOTEBOOK, Argument, make_record
 from agr_hf.tasks.runs import count_elements, optimizer_groups
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ def write_own_record(
     except (OSError, ValueError, StrictDataclassError) as error:
         logger.warning("the run is not recorded: %s", find_reason(error))
         return False
+    logger.info("the run is recorded in %s, for agr-hf card, push and leaderboard", Path(folder) / RESULTS)
     return True
 
 
@@ -148,7 +149,7 @@ def script_arguments(argv: Sequence[str] | None = None) -> tuple[str, dict[str, 
     """
     main = sys.modules["__main__"]
     if not getattr(main, "__file__", None):
-        return "notebook", {}
+        return NOTEBOOK, {}
     spec = getattr(main, "__spec__", None)
     script = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(str(main.__file__)).name
     found: dict[str, list[str]] = {}

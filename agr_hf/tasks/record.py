@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Scalar = bool | int | float | str
 Argument = Scalar | list[Scalar]
 DEEPEST = 16
+NOTEBOOK = "notebook"  # in the place of a script's name
 NO_RECORD = (
     "has no results.json: add RecordRun to your Trainer, or train with one of agr_hf's scripts; a run that did not finish "
     "is started again with --resume_from_checkpoint latest"
@@ -152,8 +153,10 @@ class RunRecord:
 
     @property
     def command(self) -> str:
-        """A shell command that repeats the run."""
+        """A shell command that repeats the run; empty for a notebook."""
         processes = self.processes or 1
+        if self.own_script and self.script == NOTEBOOK:
+            return ""
         if self.own_script:
             option, _, module = self.script.partition(" ")
             target = ["-m", module] if option == "-m" else [self.script]

@@ -242,6 +242,10 @@ def test_the_command_of_a_card_repeats_the_words(tmp_path):
     run = read_record(tmp_path)
     run.script, run.arguments = "it.py", {"": "conf.yaml", "flag": [], "layers": ["1", "2"], "offset": "-1", "-c": "3"}
     assert run.command == "agr-hf run it.py conf.yaml --flag --layers 1 2 --offset=-1 -c 3"
+    assert "```\nagr-hf run it.py conf.yaml" in model_card(run, "tester/run")
+    run.script = "notebook"
+    assert "The notebook is the author's own" in model_card(run, "tester/run")
+    assert "agr-hf run" not in model_card(run, "tester/run")
     run.script, run.processes = "-m trl.scripts.sft", 2
     assert run.command.startswith("torchrun --nproc_per_node 2 -m agr_hf run -m trl.scripts.sft conf.yaml")
 
@@ -268,7 +272,7 @@ if os.environ["RANK"] == "1":
 """
 
 
-def test_only_the_main_process_writes(script, tmp_path):
+def test_only_the_main_process_writes(script, tmp_path, capsys):
     script.write_text(RANKS + script.read_text())
     run_module(
         "torch.distributed.run",
@@ -278,6 +282,8 @@ def test_only_the_main_process_writes(script, tmp_path):
     run = read_record(tmp_path / "run")
     assert run.processes == 2
     assert run.command == "torchrun --nproc_per_node 2 -m agr_hf run it.py"
+    assert main(["resume", str(tmp_path / "run"), "--script", str(script)]) == 1
+    assert "made with 2 processes, and --script runs in one" in capsys.readouterr().err
 
 
 def test_agr_hf_run_records_and_the_commands_read_it(script, tmp_path):
