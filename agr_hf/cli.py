@@ -96,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     )
     versus.add_argument(
         "task",
-        help="images, albert, ddpm, or the path of a script that takes --optim, --seed and --output_dir and writes "
-        'results.json with {"metrics": {...}} there',
+        help="images, albert, ddpm, or the path of a script that takes --optim, --seed and --output_dir: one with a Trainer "
+        'as it is, another if it writes results.json with {"metrics": {...}} there',
     )
     versus.add_argument(
         "--optim", nargs="+", required=True, metavar="NAME",
