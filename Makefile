@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
 
 # Two workers, of which one that is done takes over tests of the other.
-TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills or postgres)"
+TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills or postgres or docs)"
 
 test: $(VENV)/installed lint
 	$(BIN)/$(TEST)
@@ -64,10 +64,14 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/step.py
 
-# The API's pages, from the docstrings, into site/.
+# The site, from docs/ and the docstrings, into site/; every warning is an error. Then the pages that were written are checked.
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/pdoc --output-directory site agr_hf $(addprefix agr_hf.,optim integrations tasks hub experiments)
+	rm -rf site
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet --fresh-env \
+		--doctree-dir build/doctrees docs site
+	$(BIN)/python -m pytest tests/test_docs.py -m docs
+	@echo "The site is in site/: open site/index.html."
 
 # What a release uploads, as far as this machine builds it.
 dist: $(VENV)/installed

@@ -16,6 +16,7 @@ from agr_hf.optim import (
     fragment_norms,
     l1_norms,
     list_optimizers,
+    step_in_backward,
 )
 from agr_hf.version import __version__
 
@@ -36,4 +37,5 @@ __all__ = [
     "l1_norms",
     "list_optimizers",
     "register",
+    "step_in_backward",
 ]

@@ -43,8 +43,25 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 def describe_backends() -> dict[str, Any]:
     """Which backends of the step are there: true, or `{"available": False, "why": ..., "what_to_do": ...}`."""
-    from agr_hf.optim.backends import native
+    import torch
 
+    from agr_hf.optim.backends import gpu, native
+
+    multi_tensor = "on a GPU the multi-tensor path serves"
+    if gpu.why_not():
+        triton: Any = {
+            "available": False,
+            "why": f"Triton cannot be imported: {gpu.why_not()}",
+            "what_to_do": f"install triton, which torch's packages for Linux bring, for a GPU; without it, {multi_tensor}",
+        }
+    elif not any(getattr(torch, device).is_available() for device in gpu.DEVICES):
+        triton = {
+            "available": False,
+            "why": "torch sees no GPU (CUDA, ROCm or XPU)",
+            "what_to_do": "nothing on a CPU; where a GPU is, install the torch of its driver (https://pytorch.org)",
+        }
+    else:
+        triton = True
     missing = {
         "available": False,
         "why": public(f"its extension was not built: {native.WHY_NOT}"),
@@ -53,11 +70,7 @@ def describe_backends() -> dict[str, Any]:
     }
     return {
         "native": missing if native.WHY_NOT else True,
-        "triton": {
-            "available": False,
-            "why": "this version of agr-hf has no Triton kernels",
-            "what_to_do": "nothing: on a GPU the multi-tensor path serves",
-        },
+        "triton": triton,
         "multi_tensor": True,
     }
 

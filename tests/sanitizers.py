@@ -53,14 +53,18 @@ def check(library, examples):
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(
-        st.lists(st.tuples(sizes, st.integers(0, 63), st.booleans()), min_size=1, max_size=6),
+        st.lists(st.tuples(sizes, st.integers(0, 255), st.booleans()), min_size=1, max_size=6),
         st.sampled_from([0, 1]),
         st.sampled_from([0, 1, 3, 5, 8]),
         st.integers(1, 4),
+        st.booleans(),
+        st.booleans(),
     )
-    def step(rows, rule, mode, threads):
+    def step(rows, rule, mode, threads, kahan, at_random):
         states = 2 if rule == 0 else 4
         memory, addresses = [], []
+        if kahan:  # every parameter is bfloat16
+            rows = [(n, flags | 16, live) for n, flags, live in rows]
 
         def block(n, width):
             memory.append(libc.malloc(max(n * width, 1)))
@@ -69,15 +73,18 @@ def check(library, examples):
 
         columns = [[block(n, 2 if flags & 16 else 4) for n, flags, _ in rows]]
         columns.append([block(n, 2 if flags & 32 else 4) if live else 0 for n, flags, live in rows])
-        columns += [[block(n, 4) for n, _, _ in rows] for _ in range(states)]
+        columns += [[block(n, 2 if flags & 64 and k == 0 else 4) for n, flags, _ in rows] for k in range(states)]
+        if kahan:
+            columns.append([block(n, 2) for n, _, _ in rows])
         for column in columns:
             addresses += column
         fixed = array("q", [n for n, _, _ in rows] + [flags for _, flags, _ in rows])
         numbers = array("d", [1.0, 0.1, 0.1, 0.9, 0.1, 0.99, 0.01, 1.0, 1e-8, 1.0, 0.1, 1.0, 1e-8, 0.0, 0.0, 0.0])
+        first = array("q", range(len(rows))) if at_random else b""
         norms, squares, before = (array("d", bytes(8 * len(rows))) for _ in range(3))
         native.run(
             rule, states, mode, threads, array("q", addresses), fixed, array("q", bytes(8 * len(rows))), numbers, norms,
-            squares, before.buffer_info()[0] if rule else 0,
+            squares, before.buffer_info()[0] if rule else 0, first,
         )  # fmt: skip
         for address in memory:
             libc.free(address)

@@ -5,6 +5,7 @@ from agr_hf.optim.adal import AdaL
 from agr_hf.optim.adan import Adan, AGRAdan
 from agr_hf.optim.agr_adam import AGRAdam, AGRAdamW
 from agr_hf.optim.attach import attach_agr
+from agr_hf.optim.in_backward import step_in_backward
 from agr_hf.optim.norms import l1_norms
 from agr_hf.optim.nosadam import NosAdam
 from agr_hf.optim.param_groups import agr_param_groups
@@ -27,4 +28,5 @@ __all__ = [
     "fragment_norms",
     "l1_norms",
     "list_optimizers",
+    "step_in_backward",
 ]

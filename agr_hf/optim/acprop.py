@@ -26,7 +26,8 @@ class ACProp(StepOptimizer):
         betas: decay rates of the mean that centres, and of the second moment. Default (0.9, 0.999).
         eps: added to the second moment, and to its root. Default 1e-8.
         weight_decay: L2 penalty, part of the gradient. Default 0 (the CIFAR script: 5e-4).
-        **options: `max_grad_norm`, `foreach`, `fused` (there is no native step), `maximize` and `capturable` as `AGRAdamW`.
+        **options: `max_grad_norm`, `foreach`, `fused` (there is no native step), `maximize`,
+            `rounding`, `rounding_seed`, `state_dtype` and `capturable` as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.

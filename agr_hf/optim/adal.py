@@ -41,7 +41,8 @@ class AdaL(StepOptimizer):
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: L2 penalty, part of the gradient before its norm is taken. Default 0.
         **options: `decoupled`: decay as AdamW does instead, default False. `max_grad_norm` (of the raw gradients),
-            `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
+            `foreach`, `fused`, `maximize`, `rounding`, `rounding_seed`, `state_dtype` and
+            `capturable` as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.

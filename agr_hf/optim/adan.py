@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from agr_hf.optim.backends import multi_tensor as mt
@@ -73,7 +75,8 @@ class Adan(_Adan):
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: decay outside the gradient. Default 0.
         **options: `proximal`: decay as `p /= 1 + lr * weight_decay` after the update, False as `p *= 1 - lr * weight_decay`
-            before it, default True. `max_grad_norm`, `foreach`, `fused`, `maximize` and `capturable` as `AGRAdamW`.
+            before it, default True. `max_grad_norm`, `foreach`, `fused`, `maximize`, `rounding`,
+            `rounding_seed`, `state_dtype` and `capturable` as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.
@@ -140,8 +143,13 @@ class AGRAdan(_Adan):
         if batch.is_first:
             diffs = batch.state["neg_pre_grad"]  # zero
         else:
+            norms, last = batch.scalars_of("pre_l1_norm"), batch.group["agr_steps"]
+            if last is not None and not batch.on_host:  # a recorded step, which ends AGR by itself
+                norms = [
+                    torch.where(step <= last, norm, math.inf) for step, norm in zip(batch.steps, norms, strict=True)
+                ]
             # Psi is odd, so Psi(-g_prev) = -Psi(g_prev).
-            diffs = list(mt.add(regularized, shrink_all(batch.state["neg_pre_grad"], batch.scalars_of("pre_l1_norm"))))
+            diffs = list(mt.add(regularized, shrink_all(batch.state["neg_pre_grad"], norms)))
         self.difference_(batch, batch.grads)
         self.adan_(batch, batch.grads, regularized, diffs)
 

@@ -72,6 +72,14 @@ class AGRAdamW(_AGRAdam):
             tensors in batches. True works on lists of all tensors at once, False on one tensor at a time. Default None.
         fused: True insists on the native step, False forbids it. Default None.
         maximize: ascend instead. Default False.
+        rounding: how bfloat16 parameters are rounded after an update that is computed in float32. "nearest", the default,
+            loses updates of less than 1/512 of a weight; "stochastic" keeps them in the mean, at no memory; "kahan" keeps
+            what was lost in a bfloat16 tensor beside each parameter (state `kahan_comp`, 2 bytes an element), down to
+            1/131,072 of a weight. float32 parameters are not touched by it.
+        rounding_seed: of the random numbers of "stochastic". They depend on the seed, the place of the parameter, its step
+            and the element, so that a resumed run draws the same. Default 0.
+        state_dtype: torch.bfloat16 keeps the first moment in 2 bytes an element instead of 4, rounded to nearest, or with
+            "stochastic" at random. The second moment stays in float32. Default None, float32.
         capturable: keep the step count on the device, for CUDA graphs. Default False.
 
     Raises:
@@ -107,8 +115,8 @@ class AGRAdam(_AGRAdam):
     Args:
         params, lr, betas, eps: as `AGRAdamW`.
         weight_decay: L2 penalty added to the gradient. Default 0.
-        **options: `agr`, `agr_steps`, `min_ndim`, `second_moment`, `max_grad_norm`, `foreach`, `fused`, `maximize` and
-            `capturable`, as `AGRAdamW`.
+        **options: `agr`, `agr_steps`, `min_ndim`, `second_moment`, `max_grad_norm`, `foreach`, `fused`, `maximize`,
+            `rounding`, `rounding_seed`, `state_dtype` and `capturable`, as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.

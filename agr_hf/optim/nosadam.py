@@ -25,7 +25,8 @@ class NosAdam(StepOptimizer):
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: L2 penalty, part of the gradient. Default 0.
         **options: `gamma`: exponent of the weights, 0 is the plain mean over all steps, larger looks further back, default
-            0.1. `max_grad_norm`, `foreach`, `fused` (there is no native step), `maximize` and `capturable` as `AGRAdamW`.
+            0.1. `max_grad_norm`, `foreach`, `fused` (there is no native step), `maximize`,
+            `rounding`, `rounding_seed`, `state_dtype` and `capturable` as `AGRAdamW`.
 
     Raises:
         TypeError, ValueError: as `AGRAdamW`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
+import torch
 from torch import Tensor
 
 from agr_hf.errors import UserError
@@ -74,6 +75,20 @@ class StepOptions(TypedDict, total=False):
     foreach: Annotated[bool | None, _optional(_flag(None, _IMPLEMENTATION))]
     fused: Annotated[bool | None, _optional(_flag(None, _IMPLEMENTATION))]
     maximize: Annotated[bool, _flag(False)]
+    rounding: Annotated[
+        Literal["nearest", "stochastic", "kahan"],
+        Option(
+            "nearest",
+            "'nearest', 'stochastic' or 'kahan'",
+            lambda v: v in ("nearest", "stochastic", "kahan"),
+            str,
+        ),
+    ]
+    rounding_seed: Annotated[int, Option(0, "a whole number >= 0", is_count, int)]
+    state_dtype: Annotated[
+        Literal["bfloat16"] | torch.dtype | None,
+        _optional(Option(None, "bfloat16, or None for float32", lambda v: v in ("bfloat16", torch.bfloat16), str)),
+    ]
     capturable: Annotated[bool, _flag(False)]
 
 
@@ -159,14 +174,8 @@ def check_group(group: Mapping[str, Any], optimizer: str, options: Mapping[str, 
             "out a group's parameters (ZeroRedundancyOptimizer does), give it groups with one answer each: "
             "agr_param_groups(model)",
         )
-    if group["fused"] and (group["foreach"] is not None or group["capturable"]):
-        refuse("fused", "None or False together with foreach or capturable: they compute the step in different ways")
-    if group.get("agr_steps") is not None and group["capturable"]:
-        refuse(
-            "agr_steps",
-            "None together with capturable=True: a CUDA graph repeats what it recorded; set group['agr'] = False and "
-            "record again",
-        )
+    if group["fused"] and group["foreach"] is not None:
+        refuse("fused", "None or False together with foreach: they compute the step in different ways")
 
 
 def use_plain_numbers(group: dict[str, Any]) -> None:
@@ -174,5 +183,7 @@ def use_plain_numbers(group: dict[str, Any]) -> None:
     for key, value in group.items():
         if isinstance(value, Real) and not isinstance(value, (bool, int)):
             group[key] = float(value)
+    if group["state_dtype"] is not None:
+        group["state_dtype"] = "bfloat16"  # text, for files that know no dtypes
     group["lr"] = group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"])
     group["betas"] = tuple(float(beta) for beta in group["betas"])

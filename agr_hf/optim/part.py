@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends.look import TYPES, look_of, read_grads
-from agr_hf.optim.shards import Scalar, as_number, local, reduced, widest
+from agr_hf.optim.rounding import RandomBits
+from agr_hf.optim.shards import Scalar, as_number, is_dtensor, local, reduced, widest
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
@@ -36,6 +37,11 @@ class Present:
             ]
             self.locals = [local(param) for param in self.params]
             self.local_grads = [None if grad is None else local(grad) for grad in self.grads]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no tensor has a gradient, and each is whole."""
+        return all(grad is None for grad in self.grads) and not any(map(is_dtensor, self.params))
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,17 @@ class Part(ABC):
             key: Column(key, self.states, self.number_dtype(device), device) for key in optimizer.scalar_state
         }
         self.columns = [self.steps, *self.scalars.values()]
+        # Which rows round at random, and what they draw.
+        self.at_random = [
+            row.group["rounding"] == "stochastic"
+            and torch.bfloat16 in (param.dtype, *optimizer.tensor_state(param, row.group).values())
+            for row, param in zip(rows, params, strict=True)
+        ]
+        self.random_bits = None
+        if any(self.at_random):
+            self.random_bits = RandomBits(
+                rows, [present.params[i] for i in self.indices], counted_on, optimizer.first_index
+            )
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         """Of the rule's numbers of each row."""

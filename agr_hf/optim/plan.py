@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agr_hf.optim.backends import native
+from agr_hf.optim.backends import gpu, native
 from agr_hf.optim.backends.lists import ListsPart
 from agr_hf.optim.flags import agr_flags, is_suspended
 from agr_hf.optim.layout import check_no_shared_memory
@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
 # What of a group decides how its tensors are treated, besides the suspension of AGR and whether weights decay.
-PLANNED = ("min_ndim", "second_moment", "foreach", "fused", "capturable", "decoupled")
+PLANNED = (
+    "min_ndim",
+    "second_moment",
+    "foreach",
+    "fused",
+    "capturable",
+    "decoupled",
+    "rounding",
+    "rounding_seed",
+    "state_dtype",
+)
 
 
 class Plan:
@@ -111,19 +121,21 @@ class Plan:
             i = row.index
             if i in self.waiting:
                 continue
-            is_native = all_on_host and native.serves(optimizer, row, present)
-            if row.group["fused"] and not is_native:
+            backend: type[Part] = ListsPart
+            if all_on_host and native.serves(optimizer, row, present):
+                backend = native.NativePart
+            elif gpu.serves(optimizer, row, present):
+                backend = gpu.GPUPart
+            if row.group["fused"] and backend is ListsPart:
                 raise RuntimeError(
                     f"fused=True was given, but {type(optimizer).__name__} has no kernel for a gradient or memory format "
                     f"like that of a parameter of shape {tuple(present.params[i].shape)}; leave fused=None for the fastest "
                     "step there is"
                 )
             device = present.locals[i].device
-            parts.setdefault((is_native, device, row.group["capturable"]), []).append(row)
-        return [
-            (native.NativePart if is_native else ListsPart)(optimizer, rows, present, new)
-            for (is_native, *_), rows in parts.items()
-        ]
+            keys = tuple(optimizer.tensor_state(present.params[i], row.group))
+            parts.setdefault((backend, device, row.group["capturable"], keys), []).append(row)
+        return [backend(optimizer, rows, present, new) for (backend, *_), rows in parts.items()]
 
     def fits(self, optimizer: StepOptimizer, present: Present) -> bool:
         """Whether the plan is one for the tensors of this step, which its parts then hold until the step is done."""
@@ -160,7 +172,10 @@ class Plan:
 
 def is_active(group: dict[str, Any]) -> bool:
     """Whether AGR is not suspended in a group."""
-    return not is_suspended(group) and (group.get("agr_steps") is None or group["agr_step"] < group["agr_steps"])
+    if is_suspended(group):
+        return False
+    # Under `capturable` the device knows the step, and decides.
+    return group.get("agr_steps") is None or group["capturable"] or group["agr_step"] < group["agr_steps"]
 
 
 def plan_key(optimizer: StepOptimizer) -> list[Any]:

@@ -146,6 +146,23 @@ def clipped(grads: list[Tensor], max_norm: float) -> list[Tensor]:
     return [g * factor for g in grads]
 
 
+def stochastic_bfloat16(x: Tensor, u: Tensor) -> Tensor:
+    """Normal numbers in bfloat16's 8 significant bits: up, away from 0, with the probability of the distance from below.
+
+    u is uniform in [0, 1), one number for each element.
+    """
+    spacing = 2.0 ** (torch.floor(torch.log2(x.abs())) - 7)
+    below = torch.floor(x.abs() / spacing)
+    up = x.abs() / spacing - below + u >= 1
+    return x.sign() * (below + up) * spacing
+
+
+def kahan_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A parameter as two bfloat16 numbers: itself to nearest, and the rest, which is added before the next update."""
+    kept = x.to(torch.bfloat16).double()
+    return kept, (x - kept).to(torch.bfloat16).double()
+
+
 RULES = {
     "agr_adamw": agr_adamw,
     "agr_adam": agr_adam,

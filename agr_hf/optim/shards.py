@@ -58,6 +58,26 @@ def reduced(grad: Tensor, like: Tensor | None = None) -> Tensor:
     return grad if wanted == placements else grad.redistribute(placements=wanted)  # type: ignore[attr-defined]
 
 
+def place_of_shard(tensor: Tensor) -> tuple[int, int]:
+    """Where a shard lies in its tensor: the number of its first element, and 0 or, where that does not tell its elements
+    from those of other shards (anything else than one sharding of dimension 0), a number > 0 that differs from theirs."""
+    if not is_dtensor(tensor):
+        return 0, 0
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
+    sharding = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
+    if not sharding or coordinate is None:
+        return 0, 0
+    if len(sharding) == 1 and type(placements[sharding[0]]).__name__ == "Shard" and placements[sharding[0]].dim == 0:
+        rows = tensor.shape[0]
+        each = -(-rows // mesh.size(sharding[0]))
+        return min(coordinate[sharding[0]] * each, rows) * (tensor.numel() // max(rows, 1)), 0
+    place = 0
+    for d in sharding:
+        place = place * mesh.size(d) + coordinate[d]
+    return 0, place + 1
+
+
 def widest(device: torch.device) -> torch.dtype:
     """float64, or float32 on Apple's GPUs, which have no other."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -12,6 +12,7 @@ from agr_hf.errors import UserError
 from agr_hf.optim.flattened import GivenLayers
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.options import check_group
+from agr_hf.optim.rounding import COMPENSATION
 from agr_hf.optim.shards import as_number, is_dtensor, local, placed_like, widest
 from agr_hf.optim.zero import is_partitioned
 
@@ -46,24 +47,35 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Forget what is found anew, and is not part of the state."""
         self._layers = GivenLayers()
 
+    def tensor_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
+        """The state tensors shaped like a parameter, with their dtypes: float32 or wider, but for the first moment under
+        `state_dtype` and what Kahan's compensation keeps beside a bfloat16 parameter."""
+        wide = torch.promote_types(param.dtype, torch.float32)
+        dtypes = dict.fromkeys(self.state_keys, wide)
+        if group["state_dtype"] is not None and wide == torch.float32:
+            dtypes[self.state_keys[0]] = torch.bfloat16
+        if group["rounding"] == "kahan" and param.dtype == torch.bfloat16:
+            dtypes[COMPENSATION] = param.dtype
+        return dtypes
+
     def init_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Make the state of a parameter that gets its first gradient: zeros, in at least float32."""
+        """Make the state of a parameter that gets its first gradient: zeros."""
         state, device = self.state[param], local(param).device
         state["step"] = torch.zeros((), dtype=torch.float32, device=device if group["capturable"] else "cpu")
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        for key in self.state_keys:
+        for key, dtype in self.tensor_state(param, group).items():
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         for key, value in self.scalar_state.items():
             # With the gradients: a norm of a GPU's gradient must never be waited for.
             state[key] = torch.full((), value, dtype=widest(device), device=device)
 
-    def lay_state(self, param: Tensor, layout: Layout, state: dict[str, Any]) -> None:
+    def lay_state(self, param: Tensor, group: Mapping[str, Any], layout: Layout, state: dict[str, Any]) -> None:
         """Bring state tensors to the dtype and memory order of their parameter, where either changed in mid-run.
 
-        It may also come from a file that keeps no strides.
+        It may also come from a file that keeps no strides, or from a run that rounded in another way.
         """
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        for key in self.state_keys:
+        for key, dtype in self.tensor_state(param, group).items():
+            if key == COMPENSATION and key not in state:
+                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
             if state[key].dtype != dtype:
                 state[key] = state[key].to(dtype)
             held = local(state[key])
@@ -75,7 +87,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def check_shapes(self, param: Tensor, state: Mapping[str, Any]) -> None:
         """Raise a ValueError where state is no dense real tensor of the parameter's shape."""
-        for key in self.state_keys:
+        for key in (*self.state_keys, COMPENSATION):
             if key not in state:
                 continue
             found, what = state[key], None
@@ -106,10 +118,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or of torch's optimizer with the same state keys.
 
-        Moments come back in float32 (float64 for float64 parameters) whatever the parameter's dtype. Options that the
-        file does not know (a state saved by torch.optim.AdamW has no `agr`) keep this optimizer's values, and so do
-        `foreach`, `fused` and `capturable`, which say how and not what to compute. Entries of the user's own are kept as
-        torch keeps them.
+        Moments come back in float32 (float64 for float64 parameters; see `state_dtype`) whatever the parameter's dtype.
+        Options that the file does not know (a state saved by torch.optim.AdamW has no `agr`) keep this optimizer's values,
+        and so do `foreach`, `fused` and `capturable`, which say how and not what to compute. Entries of the user's own are
+        kept as torch keeps them.
 
         Tensors may be whole or DTensors, and are laid over the processes as the parameters are; all processes call it.
 
@@ -132,12 +144,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         def restore(_: torch.optim.Optimizer) -> None:
             ids = [i for group in final["param_groups"] for i in group["params"]]
             params = [(param, group) for group in self.param_groups for param in group["params"]]
-            for i, (param, group), old in zip(ids, params, [g for g in before for _ in g["params"]], strict=True):
-                group["capturable"] = old["capturable"]
-                if final["state"].get(i):
-                    self._restore(param, group, final["state"][i])
             for group, old in zip(self.param_groups, before, strict=True):
                 self._complete(group, old)
+            for i, (param, group) in zip(ids, params, strict=True):
+                if final["state"].get(i):
+                    self._restore(param, group, final["state"][i])
 
         # The user's own hooks come before the one, which sees what they leave before torch rounds it to the parameters'
         # dtype, and after the other.
@@ -240,8 +251,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
     def _restore(self, param: Tensor, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """Undo the rounding of torch's load_state_dict, which casts moments to the parameter's dtype."""
         state, device = self.state[param], local(param).device
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        for key in self.state_keys:
+        dtypes = self.tensor_state(param, group)
+        if COMPENSATION not in saved:
+            dtypes.pop(COMPENSATION, None)
+        for key, dtype in dtypes.items():
             state[key] = placed_like(saved[key], param).to(device=device, dtype=dtype, copy=True)
         for key, first in self.scalar_state.items():
             state[key] = as_number(saved.get(key, first), widest(device), device)

@@ -22,7 +22,7 @@ from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
-from agr_hf.optim.shards import LiveGroups, Scalar, local
+from agr_hf.optim.shards import LiveGroups, Scalar, as_number, local
 from agr_hf.optim.state import StatefulOptimizer
 from agr_hf.optim.zero import Partition, PartitionStep, check_loaded, is_partitioned
 
@@ -85,6 +85,7 @@ class StepOptimizer(StatefulOptimizer):
     def _reset(self) -> None:
         super()._reset()
         self.plan: Plan | None = None
+        self.first_index = 0  # of its parameters among those of an optimizer that hands them out one by one
         self.partition: Partition | None = None  # the parameters are pieces of layers in it
         self._partitions: dict[int, PartitionStep] = {}  # by the id of the flat tensor, which it keeps
         self._clip_request: tuple[float, Tensor] | None = None  # of `clip_next_step`: the limit, and what gets the norm
@@ -130,6 +131,11 @@ class StepOptimizer(StatefulOptimizer):
                 f"{name} trains parameters of float16, bfloat16, float32 and float64, but one of dtype {param.dtype} and "
                 f"shape {tuple(param.shape)} was given; view a complex parameter as real (torch.view_as_real) and leave "
                 "quantized ones (integers, float8) out"
+            )
+        if group["rounding"] != "nearest" and param.dtype == torch.float16:
+            raise ValueError(
+                f"{name}: rounding={group['rounding']!r} is for bfloat16 parameters, and one of float16 was given; train "
+                "float32 parameters under autocast, or bfloat16 ones"
             )
         if group["fused"]:
             kernel = native.missing_kernel(self.native_rule, local(param))
@@ -197,16 +203,24 @@ class StepOptimizer(StatefulOptimizer):
         """The step itself, without what torch's hooks add to `step`."""
         check_graph_capture(self)
         request = self._clip_request
+        unscale = self._read_loss_scale()
+        if unscale is None:
+            self._clip_request = None
+            if request is not None:
+                request[1].fill_(math.inf)
+            return
         limits = [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in self.param_groups]
         limits = limits if request is None else [min(limit, request[0]) for limit in limits]
         clipping = request is not None or min(limits) < math.inf
         plan = self._look(clipping)
+        if plan is None:
+            return
         self._clip_request = None  # a refused step leaves it in place
-        signs: list[Scalar] = [-1.0 if group["maximize"] else 1.0 for group in self.param_groups]
+        signs: list[Scalar] = [-unscale if group["maximize"] else unscale for group in self.param_groups]
         # On one rank and without clipping a backend takes each norm where it needs it, while gradients are in the cache.
         sums, scales = None, signs
         if clipping or plan.is_sharded:
-            sums, scales, norm = self._reduce(plan, signs, limits, clipping)
+            sums, scales, norm = self._reduce(plan, signs, limits, unscale, clipping)
             if request is not None:
                 request[1].fill_(norm)
         plan.count_groups()
@@ -214,6 +228,21 @@ class StepOptimizer(StatefulOptimizer):
             if any(part.live):
                 part.update(sums, scales)
         self.after_step(plan)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether it leaves unscaling and skipping to `step`. True with fused=True, as in torch's
+        optimizers. Not by default: it saves no reading of the gradients, and Accelerate knows of a skipped step only where
+        GradScaler does not call `step`."""
+        return all(bool(group["fused"]) for group in self.param_groups)
+
+    def _read_loss_scale(self) -> float | None:
+        """What turns gradients of a scaled loss into gradients, for whoever sets `grad_scale` and `found_inf` as GradScaler
+        does for fused optimizers; None where they overflowed, and the step is none."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and as_number(found_inf, torch.float32, torch.device("cpu")).item():
+            return None
+        return 1.0 if grad_scale is None else 1.0 / as_number(grad_scale, torch.float64, torch.device("cpu")).item()
 
     def after_step(self, plan: Plan) -> None:
         """What a rule says to the user of a step that is done."""
@@ -253,9 +282,12 @@ class StepOptimizer(StatefulOptimizer):
                     self.init_state(flat, group)
 
     @torch._disable_dynamo  # torch.compile cannot trace identities and addresses
-    def _look(self, clipping: bool) -> Plan:
-        """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses."""
+    def _look(self, clipping: bool) -> Plan | None:
+        """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses. None where no
+        parameter has a gradient, and none can have one on another rank."""
         present = Present(self.param_groups)
+        if not clipping and present.is_idle and self.partition is None:
+            return None
         if self.plan is None or not self.plan.fits(self, present):
             self.plan = None
             plan = Plan(self, present, clipping)
@@ -269,7 +301,7 @@ class StepOptimizer(StatefulOptimizer):
         return self.plan
 
     def _reduce(
-        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], clipping: bool
+        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], unscale: float, clipping: bool
     ) -> tuple[Sums, list[Scalar], Scalar]:
         """Sums over all tensors and ranks, what the gradients of each group are multiplied by, and the global norm.
 
@@ -286,7 +318,7 @@ class StepOptimizer(StatefulOptimizer):
         plan.add_over_ranks([(sums.norms, early), (sums.squares, range(len(plan.rows)) if clipping else ())])
         if not clipping:
             return sums, list(signs), 0.0
-        norm = _root_of_sum(sums.squares)
+        norm = _root_of_sum(sums.squares) * unscale
         scales = [_factor(limit, norm) * sign for sign, limit in zip(signs, limits, strict=True)]
         if late:
             for part in plan.parts:

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import read_blocks
 from launchers import ROOT, environment
 
 GUIDE = ROOT / "docs/scaling.md"
 # "sh" marks what needs GPUs, several hosts, or a script that is not here.
-RUN, SHOWN = (re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(), re.DOTALL) for language in ("bash", "sh"))
+RUN, SHOWN = ([block.strip("\n") + "\n" for block in read_blocks(GUIDE, language)] for language in ("bash", "sh"))
 
 
 def test_every_file_and_option_that_the_guide_names_is_there():

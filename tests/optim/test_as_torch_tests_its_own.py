@@ -72,7 +72,6 @@ def every_way_and_rule(names):
             for name in names
             for rule in rules(name)
             for way in ways(name)
-            if not (way.get("capturable") and "agr_steps" in rule)
         ],
     )
 
@@ -237,8 +236,7 @@ def test_every_way_makes_the_same_five_steps(name, rule, grouped, dtype):
     first, *others = [
         five_steps(name, grouped, {**rule, **way}, dtype)
         for way in ways(name)
-        if not (way.get("capturable") and "agr_steps" in rule)
-        and not (way.get("fused") and dtype == torch.float64 and name != STOCK)  # no kernel: refused
+        if not (way.get("fused") and dtype == torch.float64 and name != STOCK)  # no kernel: refused
     ]
     # float32: torch's own tolerance, scaled to five steps of 1e-2 on weights of 1.
     tolerances = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
@@ -1063,6 +1061,49 @@ def test_a_grad_scaler_unscales_first_and_skips_steps_that_overflowed(name):
     assert optimizer.state[weight]["step"] == 3
     assert optimizer.param_groups[0].get("agr_step", 3) == 3
     assert torch.equal(weight, others)  # scales are powers of two
+
+
+@every_optimizer
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("unscaled_before", [False, True])
+def test_a_step_takes_scale_and_overflow_from_a_grad_scaler_as_torchs_fused_adamw(name, max_grad_norm, unscaled_before):
+    class Fused(class_of(name)):
+        _step_supports_amp_scaling = True  # what fused=True says where there is a kernel
+
+    weights = [Parameter(torch.ones(3, 4)) for _ in range(3)]
+    options = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+    scaled, plain = Fused([weights[0]], lr=0.1, **options), make(name, [weights[1]], lr=0.1, **options)
+    torchs = torch.optim.AdamW([weights[2]], lr=0.1, fused=True)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in range(2)]
+    for i in range(6):
+        factor = torch.linspace(-1, 1, 12).view(3, 4) * (float("inf") if i in (1, 4) else 1.0)
+        for optimizer, scaler in zip((scaled, torchs), scalers, strict=True):
+            weight = optimizer.param_groups[0]["params"][0]
+            optimizer.zero_grad()
+            scaler.scale((weight * factor).sum()).backward()
+            if unscaled_before:
+                scaler.unscale_(optimizer)
+            given = weight.grad.clone()
+            before = weight.detach().clone()
+            scaler.step(optimizer)
+            if optimizer is scaled:
+                assert torch.equal(weight.grad, given)  # left as it is
+            assert torch.equal(weight, before) == (i in (1, 4))
+            scaler.update()
+        assert scaled.state[weights[0]]["step"] == torchs.state[weights[2]]["step"]
+        assert (
+            scaled.param_groups[0].get("agr_step", scaled.state[weights[0]]["step"]) == torchs.state[weights[2]]["step"]
+        )
+        if i not in (1, 4):
+            weights[1].grad = factor
+            plain.step()
+    assert scaled.state[weights[0]]["step"] == 4
+    assert torch.equal(weights[0], weights[1])  # scales are powers of two
+
+
+def test_only_an_optimizer_that_was_made_fused_is_told_of_an_overflow():
+    assert all(not make(name, [Parameter(torch.ones(2))])._step_supports_amp_scaling for name in OURS)
+    assert make("agr_adamw", [Parameter(torch.ones(2))], fused=True)._step_supports_amp_scaling
 
 
 @beside_torch

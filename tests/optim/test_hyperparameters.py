@@ -64,12 +64,6 @@ def test_bad_agr_options_are_refused(name, bad):
     assert repr(value) in str(e.value)
 
 
-@pytest.mark.parametrize("name", WITH_AGR)
-def test_agr_steps_and_capturable_exclude_each_other(name):
-    with pytest.raises(ValueError, match="CUDA graph"):
-        OPTIMIZERS[name].cls([param()], agr_steps=10, capturable=True)
-
-
 @pytest.mark.parametrize(("name", "key", "value"), [
     ("nosadam", "gamma", -0.1), ("adan", "proximal", 1), ("agr_adan", "proximal", None), ("adal", "decoupled", "L2"),
 ])  # fmt: skip

@@ -298,7 +298,9 @@ def test_one_thread_of_a_launcher_is_named_as_the_reason_of_slow_steps(monkeypat
 def test_tables_that_do_not_fit_each_other_are_refused():
     one, two = array("q", [0]), array("q", [0, 0])
     with pytest.raises(ValueError, match="do not fit"):
-        native._native.run(0, 2, 0, 1, one, two, one, array("d", [0.0] * 16), array("d", [0.0]), array("d", [0.0]), 0)
+        native._native.run(
+            0, 2, 0, 1, one, two, one, array("d", [0.0] * 16), array("d", [0.0]), array("d", [0.0]), 0, b""
+        )
 
 
 def test_a_step_reads_and_adds_no_memory_of_the_size_of_the_parameters():

@@ -306,7 +306,7 @@ def test_the_other_kind_of_weight_decay_is_refused(saved, loading, message):
         ({}, {"second_moment": "bogus"}, "second_moment='bogus' is not allowed"),
         ({}, {"agr": [True]}, "agr=.True. is not allowed"),
         ({}, {"lr": float("nan")}, "lr=nan is not allowed"),
-        ({"capturable": True}, {"agr_steps": 5}, "agr_steps=5 is not allowed"),
+        ({"foreach": True}, {"agr_steps": -5}, "agr_steps=-5 is not allowed"),
     ],
 )
 def test_options_of_a_loaded_state_are_checked_before_anything_changes(options, change, message):

@@ -21,6 +21,40 @@ static inline TARGET void NAMED(narrow)(uint16_t *restrict out, const float *res
     }
 }
 
+/* A hash of 32 bits; rounding.py has it too, and says whose it is. */
+static inline TARGET uint32_t NAMED(mix)(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7feb352dU;
+    x ^= x >> 15;
+    x *= 0x846ca68bU;
+    return x ^ x >> 16;
+}
+
+/* To bfloat16, up with the probability of the distance from below: by 16 of the 32 random bits of each element. */
+static inline TARGET void NAMED(narrow_at_random)(
+    uint16_t *restrict out, const float *restrict in, int64_t n, uint32_t first, int shift) {
+    for (int64_t i = 0; i < n; i++) {
+        union { float value; uint32_t bits; } u = {.value = in[i]};
+        uint32_t rounded = (u.bits + (NAMED(mix)(first + (uint32_t)i) >> shift & 0xffff)) >> 16;
+        out[i] = in[i] == in[i] ? (uint16_t)rounded : (uint16_t)0x7fc0;
+    }
+}
+
+/* Kahan's compensation: what was not kept of a parameter, in bfloat16. */
+static inline TARGET void NAMED(keep_rest)(
+    uint16_t *restrict out, float *restrict wide, const uint16_t *restrict kept, int64_t n) {
+    float back[TILE];
+    NAMED(widen)(back, kept, n);
+    for (int64_t i = 0; i < n; i++) back[i] = wide[i] - back[i];
+    NAMED(narrow)(out, back, n);
+}
+
+static inline TARGET void NAMED(add_rest)(float *restrict wide, const uint16_t *restrict rest, int64_t n) {
+    float tile[TILE];
+    NAMED(widen)(tile, rest, n);
+    for (int64_t i = 0; i < n; i++) wide[i] += tile[i];
+}
+
 /* sum |x| or |scale g + l2 p|, and sum g^2, of n elements, in WIDTH accumulators that stay in registers. They are float32
  * and go into float64 every FLUSH additions; where they overflow although every element is finite, `precise` counts again. */
 static inline __attribute__((always_inline)) TARGET void NAMED(lanes)(
@@ -68,7 +102,10 @@ static TARGET void NAMED(sum_chunk)(const chunk_t *c, int squares, double *norm,
         int64_t n = c->n - at < piece ? c->n - at : piece;
         const float *g = (const float *)c->grad + at, *p = (const float *)c->param + at;
         if (c->grad_is_bf16) NAMED(widen)(g_tile, (const uint16_t *)c->grad + at, n), g = g_tile;
-        if (c->coupled && c->param_is_bf16) NAMED(widen)(p_tile, (const uint16_t *)c->param + at, n), p = p_tile;
+        if (c->coupled && c->param_is_bf16) {
+            NAMED(widen)(p_tile, (const uint16_t *)c->param + at, n), p = p_tile;
+            if (c->rest) NAMED(add_rest)(p_tile, c->rest + at, n);
+        }
         if (c->coupled) NAMED(lanes)(g, p, n, c->scale, c->l2, 1, 0, norm, square);
         else if (squares) NAMED(lanes)(g, p, n, 1, 0, 0, 1, norm, square);
         else NAMED(lanes)(g, p, n, 1, 0, 0, 0, norm, square);
@@ -149,18 +186,26 @@ static inline TARGET void NAMED(adan)(float *p, const float *g, float *const s[]
 }
 
 static TARGET void NAMED(update_chunk)(const chunk_t *c, const update_t *u) {
-    float p_tile[TILE], g_tile[TILE];
-    int64_t piece = c->grad_is_bf16 || c->param_is_bf16 ? TILE : c->n;
+    float p_tile[TILE], g_tile[TILE], m_tile[TILE];
+    int64_t piece = c->grad_is_bf16 || c->param_is_bf16 || c->moment_is_bf16 ? TILE : c->n;
     for (int64_t at = 0; at < c->n; at += piece) {
         int64_t n = c->n - at < piece ? c->n - at : piece;
         float *p = (float *)c->param + at, *s[STATES];
         const float *g = (const float *)c->grad + at;
         for (int k = 0; k < STATES; k++) s[k] = c->state[k] + at;
         if (c->grad_is_bf16) NAMED(widen)(g_tile, (const uint16_t *)c->grad + at, n), g = g_tile;
-        if (c->param_is_bf16) NAMED(widen)(p_tile, (const uint16_t *)c->param + at, n), p = p_tile;
+        uint16_t *p_kept = (uint16_t *)c->param + at, *m_kept = (uint16_t *)c->state[0] + at;
+        if (c->param_is_bf16) NAMED(widen)(p_tile, p_kept, n), p = p_tile;
+        if (c->rest) NAMED(add_rest)(p_tile, c->rest + at, n);
+        if (c->moment_is_bf16) NAMED(widen)(m_tile, m_kept, n), s[0] = m_tile;
         if (u->rule == ADAN) NAMED(adan)(p, g, s, n, u);
         else NAMED(adam)(p, g, s, n, u);
-        if (c->param_is_bf16) NAMED(narrow)((uint16_t *)c->param + at, p, n);
+        uint32_t first = c->first_random + (uint32_t)at;
+        if (c->param_is_bf16 && c->at_random) NAMED(narrow_at_random)(p_kept, p, n, first, 0);
+        else if (c->param_is_bf16) NAMED(narrow)(p_kept, p, n);
+        if (c->rest) NAMED(keep_rest)(c->rest + at, p, p_kept, n);
+        if (c->moment_is_bf16 && c->at_random) NAMED(narrow_at_random)(m_kept, m_tile, n, first, 16);
+        else if (c->moment_is_bf16) NAMED(narrow)(m_kept, m_tile, n);
     }
 }
 

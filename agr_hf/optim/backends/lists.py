@@ -6,6 +6,7 @@ in float32 or float64; memory formats, low precision, blocks and clipping are do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from itertools import compress
 from typing import Any
@@ -18,14 +19,13 @@ from agr_hf.optim.backends.look import look_of
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.norms import BLOCK, by_device_and_dtype, sum_on_cpu, sums_of_pieces
 from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.rounding import COMPENSATION, draw, round_at_random
 from agr_hf.optim.shards import Scalar, local, widest
 
 # Elements updated at a time on other devices than the CPU: a few pieces of scratch of 16 MiB (float32).
 DEVICE_BLOCK = 4_194_304
 # A parameter's flat tensors: "param", "grad" and its state keys.
 Flats = dict[str, Tensor]
-# (target, source) pairs to copy after an update.
-Copies = list[tuple[Tensor, Tensor]]
 
 
 class Item:
@@ -42,12 +42,34 @@ class Item:
         self.scalars: dict[str, Tensor] = {}  # the rule's numbers
         self.is_first = False  # of this tensor's steps
         self.psi = row.psi
+        self.first_random: int | Tensor | None = None  # number of its first element, where it is rounded at random
         self.norm: Scalar = 0.0  # of the whole effective gradient, where it is needed
 
     @property
     def dtype(self) -> torch.dtype:
         """What the update is computed in."""
         return torch.promote_types(self.param.dtype, torch.float32)
+
+
+class Kept:
+    """A piece of a parameter or of its state in few bits, that is computed in many, and rounded after the update."""
+
+    def __init__(self, item: Item, key: str, flats: Flats, start: int, dtype: torch.dtype) -> None:
+        self.target, self.wide = flats[key], flats[key].to(dtype)
+        self.rest = flats.get(COMPENSATION) if key == "param" else None
+        if self.rest is not None:
+            self.wide += self.rest
+        self.first, self.shift = item.first_random, 0 if key == "param" else 16  # the other half of the same bits
+        self.start = start
+
+    def write(self) -> None:
+        if self.first is None or self.target.dtype != torch.bfloat16:
+            self.target.copy_(self.wide)
+        else:
+            bits = draw(self.first + self.start, self.wide.numel(), self.wide.device)
+            self.target.copy_(round_at_random(self.wide, (bits >> self.shift) & 0xFFFF))
+        if self.rest is not None:
+            self.rest.copy_(self.wide.sub_(self.target))
 
 
 class Batch:
@@ -121,8 +143,9 @@ class ListsPart(Part):
                 or look_of(local(grad)) != self.grad_looks[k]
             ):
                 return False  # the fastest backend for it may be another one
-            self.optimizer.lay_state(param, layout, state)
-            tensors = {key: local(state[key]) for key in self.optimizer.state_keys} if held.numel() else {}
+            self.optimizer.lay_state(param, row.group, layout, state)
+            keys = self.optimizer.tensor_state(param, row.group) if held.numel() else ()
+            tensors = {key: local(state[key]) for key in keys}
             item = Item(row, held, local(grad), tensors, layout)
             item.scalars = {key: column.views[k] for key, column in self.scalars.items()}
             item.is_first = self.first[k]  # a recorded step cannot ask
@@ -153,6 +176,11 @@ class ListsPart(Part):
         # float64: 1 - 0.999^t loses four digits in float32.
         on_device = self.rows[0].group["capturable"]
         steps = numbers.to(widest(numbers.device)).unbind() if on_device else numbers.tolist()
+        if self.random_bits is not None:
+            first = self.random_bits.first(numbers)
+            drawn = zip(self.items, compress(first.unbind() if on_device else first.tolist(), self.live), strict=True)
+            for (item, number), at_random in zip(drawn, compress(self.at_random, self.live), strict=True):
+                item.first_random = number if at_random else None
         for item, step in zip(self.items, compress(steps, self.live), strict=True):
             item.step = step
             if not on_device:
@@ -165,8 +193,8 @@ class ListsPart(Part):
         _guard([item for item in self.items if item.psi])
         for batch, written in self._batches(self.items, scales):
             self.optimizer.update(batch)
-            for target, source in written:
-                target.copy_(source)
+            for kept in written:
+                kept.write()
         for item in self.items:
             if item.target is not None:
                 item.target.copy_(item.param)
@@ -174,11 +202,11 @@ class ListsPart(Part):
         self.first = [first and not live for first, live in zip(self.first, self.live, strict=True)]
         self.items = []
 
-    def _batches(self, items: Sequence[Item], scales: Sequence[Scalar]) -> Iterator[tuple[Batch, Copies]]:
+    def _batches(self, items: Sequence[Item], scales: Sequence[Scalar]) -> Iterator[tuple[Batch, list[Kept]]]:
         """Cut tensors into batches of one group with their effective gradients.
 
         The effective gradient is scale * grad, plus weight_decay * param where decay is L2. Half-precision
-        parameters are updated in a wide copy, which is copied back after the update.
+        parameters and moments are updated in a wide copy, which is rounded after the update.
         """
         alike: dict[tuple[Any, ...], list[Item]] = {}
         for item in items:
@@ -191,11 +219,12 @@ class ListsPart(Part):
                 yield _batch(pieces, scales[members[0].row.group_index])
 
 
-def _cut(items: list[Item]) -> Iterator[list[tuple[Item, Flats]]]:
-    """Lists of aligned pieces with at most a block of elements together; whole tensors where foreach is set."""
+def _cut(items: list[Item]) -> Iterator[list[tuple[Item, Flats, int]]]:
+    """Lists of aligned pieces, each with the number of its first element, with at most a block of elements together; whole
+    tensors where foreach is set."""
     foreach = items[0].group["foreach"]
     limit = BLOCK if items[0].param.is_cpu else DEVICE_BLOCK
-    pending: list[tuple[Item, Flats]] = []
+    pending: list[tuple[Item, Flats, int]] = []
     room = limit
     for item in items:
         flats = {key: item.layout.flat(tensor) for key, tensor in item.state.items()}
@@ -203,33 +232,38 @@ def _cut(items: list[Item]) -> Iterator[list[tuple[Item, Flats]]]:
         flats["grad"] = item.layout.flat(item.grad)
         size = item.param.numel()
         if foreach is False:
-            yield [(item, flats)]
+            yield [(item, flats, 0)]
         elif foreach:
-            pending.append((item, flats))
+            pending.append((item, flats, 0))
         elif size > limit:
             blocks = {key: tensor.split(limit) for key, tensor in flats.items()}
             for i in range(len(blocks["param"])):
-                yield [(item, {key: parts[i] for key, parts in blocks.items()})]
+                yield [(item, {key: parts[i] for key, parts in blocks.items()}, i * limit)]
         else:
             if size > room:
                 yield pending
                 pending, room = [], limit
-            pending.append((item, flats))
+            pending.append((item, flats, 0))
             room -= size
     if pending:
         yield pending
 
 
-def _batch(pieces: list[tuple[Item, Flats]], scale: Scalar) -> tuple[Batch, Copies]:
-    items = [item for item, _ in pieces]
+def _batch(pieces: list[tuple[Item, Flats, int]], scale: Scalar) -> tuple[Batch, list[Kept]]:
+    items = [item for item, _, _ in pieces]
     dtype, group = items[0].dtype, items[0].group
-    params = [flats["param"] for _, flats in pieces]
-    grads = [flats["grad"] for _, flats in pieces]
-    written: Copies = []
-    if params[0].dtype != dtype:
-        wide = [param.to(dtype) for param in params]
-        written = list(zip(params, wide, strict=True))
-        params = wide
+    written: list[Kept] = []
+
+    def widened(key: str) -> list[Tensor]:
+        tensors = [flats[key] for _, flats, _ in pieces]
+        if tensors[0].dtype == dtype:
+            return tensors
+        kept = [Kept(item, key, flats, start, dtype) for item, flats, start in pieces]
+        written.extend(kept)
+        return [piece.wide for piece in kept]
+
+    params = widened("param")
+    grads = [flats["grad"] for _, flats, _ in pieces]
     if grads[0].dtype != dtype:
         grads = [grad.to(dtype) for grad in grads]
     if isinstance(scale, Tensor):
@@ -238,7 +272,7 @@ def _batch(pieces: list[tuple[Item, Flats]], scale: Scalar) -> tuple[Batch, Copi
         grads = list(mt.mul(grads, scale))
     if items[0].row.adds_decay:
         grads = list(mt.add(grads, params, alpha=group["weight_decay"]))
-    state = {key: [flats[key] for _, flats in pieces] for key in items[0].state}
+    state = {key: widened(key) for key in items[0].state if key != COMPENSATION}
     return Batch(params, grads, state, items), written
 
 
@@ -265,5 +299,11 @@ def _guard(items: Sequence[Item]) -> None:
     for indices in by_device_and_dtype([item.norm for item in on_device]):  # type: ignore[misc]
         stacked = torch.stack([on_device[i].norm for i in indices])  # type: ignore[misc]
         usable = (stacked > 0) & (stacked < float("inf"))
+        limits = [on_device[i].group["agr_steps"] for i in indices]
+        if any(limit is not None for limit in limits):
+            # A recorded step ends AGR by itself.
+            last = torch.tensor([math.inf if limit is None else limit for limit in limits], device="cpu")
+            steps = torch.stack([torch.as_tensor(on_device[i].step) for i in indices])
+            usable &= steps <= last.to(steps.device, non_blocking=True)
         for i, norm in zip(indices, torch.where(usable, stacked, float("inf")).unbind(), strict=True):
             on_device[i].norm = norm

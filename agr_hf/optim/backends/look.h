@@ -18,7 +18,6 @@ typedef struct {
     int (*view)(void *object, dl_tensor_t *out);
     void *stream;
 } dl_api_t;
-enum { DL_CPU = 1 };
 
 static const dl_api_t *dlpack;
 static PyObject *grad_name, *is_neg;
@@ -44,23 +43,24 @@ static int is_tensor(PyObject *object) {
     return type == tensor_types[0] || type == tensor_types[1];
 }
 
-/* Whether the memory of an object is there to be read: a tensor's on the CPU. */
+/* Whether an object is a tensor with memory of its own. */
 static int see(PyObject *object, dl_tensor_t *out) {
     if (!is_tensor(object)) return 0;
-    if (dlpack->view(object, out)) {
-        PyErr_Clear();
-        return 0;
-    }
-    return out->device.type == DL_CPU;
+    if (!dlpack->view(object, out)) return 1;
+    PyErr_Clear();
+    return 0;
 }
 
 static int64_t head_of(const dl_tensor_t *t) {
-    return (int64_t)t->ndim << 32 | t->dtype.lanes << 16 | t->dtype.bits << 8 | t->dtype.code;
+    int64_t device = (int64_t)t->device.type << 16 | (t->device.index & 0xffff);
+    return device << 32 | (int64_t)t->ndim << 16 | t->dtype.bits << 8 | t->dtype.code;
 }
+
+static int64_t ndim_of(int64_t head) { return head >> 16 & 0xff; } /* torch has at most 64 */
 
 static int64_t address_of(const dl_tensor_t *t) { return (int64_t)(intptr_t)t->data + (int64_t)t->byte_offset; }
 
-/* describe(tensors): dtype, shape and strides of each as integers, which `look` compares with. */
+/* describe(tensors): device, dtype, shape and strides of each as integers, which `look` compares with. */
 static PyObject *describe(PyObject *module, PyObject *tensors) {
     (void)module;
     Py_ssize_t count = PyList_Size(tensors), length = 0, at = 0;
@@ -69,7 +69,7 @@ static PyObject *describe(PyObject *module, PyObject *tensors) {
         dl_tensor_t t;
         if (!see(PyList_GetItem(tensors, i), &t)) {
             free(words);
-            return PyErr_Format(PyExc_ValueError, "entry %zd is no tensor in the memory of the host", i);
+            return PyErr_Format(PyExc_ValueError, "entry %zd is no tensor with memory of its own", i);
         }
         if (at + 1 + 2 * t.ndim > length) {
             length = 2 * length + 1 + 2 * t.ndim;
@@ -104,8 +104,8 @@ static int is_negated(PyObject *tensor) {
 static int64_t match(kept_t *kept, PyObject *tensor, int64_t before) {
     int64_t numel = 1;
     const int64_t *at = kept->at;
-    if (!tensor || at >= kept->end || kept->end - at < 1 + 2 * (at[0] >> 32)) return -1;
-    int64_t ndim = at[0] >> 32;
+    if (!tensor || at >= kept->end || kept->end - at < 1 + 2 * ndim_of(at[0])) return -1;
+    int64_t ndim = ndim_of(at[0]);
     kept->at += 1 + 2 * ndim;
     if (tensor == Py_None) return 0;
     dl_tensor_t t;

@@ -30,7 +30,8 @@ enum { ADAM, ADAN };
 enum { PLAIN, RAW, REGULARIZED, UNUSABLE };
 /* Modes of a call and flags of a tensor; the same in native.py. */
 enum { SUMS_ONLY = 1, SQUARES = 2, COUPLED_ONLY = 4, NORMS_GIVEN = 8 };
-enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_BF16 = 16, GRAD_BF16 = 32 };
+enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_BF16 = 16, GRAD_BF16 = 32,
+       MOMENT_BF16 = 64, AT_RANDOM = 128 };
 #define STATES 4
 #define NUMBERS 16     /* numbers of a class: a group and step count */
 #define CHUNK 65536    /* elements summed or updated at a time: 256 KiB of float32 */
@@ -43,8 +44,10 @@ typedef struct {
     void *param;
     const void *grad;
     float *state[STATES];
+    uint16_t *rest; /* what rounding took from the parameter, of Kahan's compensation, or NULL */
     int64_t n;
-    int param_is_bf16, grad_is_bf16, coupled;
+    int param_is_bf16, grad_is_bf16, moment_is_bf16, coupled, at_random;
+    uint32_t first_random; /* number of the first element in the random sequence of the step */
     double scale, l2;
 } chunk_t;
 
@@ -70,8 +73,11 @@ static void precise(const chunk_t *c, int squares, double *norm, double *square)
         union { uint32_t bits; float value; } g, p = {0};
         if (c->grad_is_bf16) g.bits = (uint32_t)((const uint16_t *)c->grad)[i] << 16;
         else g.value = ((const float *)c->grad)[i];
-        if (c->coupled && c->param_is_bf16) p.bits = (uint32_t)((const uint16_t *)c->param)[i] << 16;
-        else if (c->coupled) p.value = ((const float *)c->param)[i];
+        if (c->coupled && c->param_is_bf16) {
+            p.bits = (uint32_t)((const uint16_t *)c->param)[i] << 16;
+            union { uint32_t bits; float value; } rest = {.bits = c->rest ? (uint32_t)c->rest[i] << 16 : 0};
+            p.value += rest.value;
+        } else if (c->coupled) p.value = ((const float *)c->param)[i];
         s += c->coupled ? fabs(c->scale * g.value + c->l2 * p.value) : fabs((double)g.value);
         if (squares) q += (double)g.value * g.value;
     }
@@ -125,7 +131,7 @@ static int supported(const char *name) {
 typedef struct {
     int rule, states, mode;
     int64_t rows;
-    const int64_t *address[2 + STATES], *numel, *flags, *class;
+    const int64_t *address[2 + STATES], *rest, *numel, *flags, *class, *first_random; /* rest, first_random: or NULL */
     const double *numbers;
     double *norms, *square_sums, *before; /* before: norms of the previous step, of Adan with AGR */
     int64_t chunks, units, runs;
@@ -157,18 +163,24 @@ static chunk_t make_chunk(const job_t *j, int64_t index) {
     int64_t row = j->chunk_row[index], at = j->chunk_at[index], flags = j->flags[row], left = j->numel[row] - at;
     const double *numbers = j->numbers + NUMBERS * j->class[row];
     int p_size = flags & PARAM_BF16 ? 2 : 4, g_size = flags & GRAD_BF16 ? 2 : 4;
+    /* Clipping's squares are of the gradient alone, and it is not known yet what it is scaled by. */
+    int coupled = is_coupled(j, row) && !(j->mode & SQUARES);
     chunk_t c = {
         .param = (char *)(intptr_t)j->address[0][row] + at * p_size,
         .grad = (const char *)(intptr_t)j->address[1][row] + at * g_size,
         .n = left < CHUNK ? left : CHUNK,
         .param_is_bf16 = (flags & PARAM_BF16) != 0,
         .grad_is_bf16 = (flags & GRAD_BF16) != 0,
-        /* Clipping's squares are of the gradient alone, and it is not known yet what it is scaled by. */
-        .coupled = is_coupled(j, row) && !(j->mode & SQUARES),
-        .scale = numbers[0],
+        .moment_is_bf16 = (flags & MOMENT_BF16) != 0,
+        .at_random = j->first_random && flags & AT_RANDOM,
+        .first_random = j->first_random ? (uint32_t)(j->first_random[row] + at) : 0,
+        .rest = j->rest ? (uint16_t *)(intptr_t)j->rest[row] + at : NULL,
+        .coupled = coupled,
+        .scale = j->mode & SUMS_ONLY && !coupled ? 1 : numbers[0], /* sums that are handed out are of raw gradients */
         .l2 = numbers[1],
     };
-    for (int k = 0; k < j->states; k++) c.state[k] = (float *)(intptr_t)j->address[2 + k][row] + at;
+    for (int k = 0; k < j->states; k++)
+        c.state[k] = (void *)(intptr_t)(j->address[2 + k][row] + at * (k == 0 && c.moment_is_bf16 ? 2 : 4));
     return c;
 }
 
@@ -370,16 +382,17 @@ static int run_job(job_t *j, int threads) {
 
 static PyObject *run(PyObject *module, PyObject *args) {
     (void)module;
-    Py_buffer addresses, fixed, class, numbers, norms, squares;
+    Py_buffer addresses, fixed, class, numbers, norms, squares, first;
     int rule, states, mode, threads;
     unsigned long long before;
-    if (!PyArg_ParseTuple(args, "iiiiy*y*y*y*w*w*K", &rule, &states, &mode, &threads, &addresses, &fixed, &class,
-                          &numbers, &norms, &squares, &before))
+    if (!PyArg_ParseTuple(args, "iiiiy*y*y*y*w*w*Ky*", &rule, &states, &mode, &threads, &addresses, &fixed, &class,
+                          &numbers, &norms, &squares, &before, &first))
         return NULL;
     int64_t rows = norms.len / (int64_t)sizeof(double), classes = numbers.len / (int64_t)sizeof(double) / NUMBERS;
     PyObject *result = NULL;
     int fits = rule >= ADAM && rule <= ADAN && states == (rule == ADAM ? 2 : 4) && squares.len == norms.len &&
-               addresses.len == (2 + states) * norms.len && fixed.len == 2 * norms.len && class.len == norms.len;
+               (addresses.len == (2 + states) * norms.len || addresses.len == (3 + states) * norms.len) &&
+               (!first.len || first.len == norms.len) && fixed.len == 2 * norms.len && class.len == norms.len;
     for (int64_t row = 0; fits && row < rows; row++)
         fits = ((const int64_t *)class.buf)[row] >= 0 && ((const int64_t *)class.buf)[row] < classes;
     if (!fits) {
@@ -387,6 +400,8 @@ static PyObject *run(PyObject *module, PyObject *args) {
     } else {
         job_t j = {.rule = rule, .states = states, .mode = mode, .rows = rows};
         for (int k = 0; k < 2 + states; k++) j.address[k] = (const int64_t *)addresses.buf + k * rows;
+        j.rest = addresses.len == (3 + states) * norms.len ? (const int64_t *)addresses.buf + (2 + states) * rows : NULL;
+        j.first_random = first.len ? first.buf : NULL;
         j.numel = fixed.buf;
         j.flags = j.numel + rows;
         j.class = class.buf;
@@ -407,6 +422,7 @@ static PyObject *run(PyObject *module, PyObject *args) {
     PyBuffer_Release(&numbers);
     PyBuffer_Release(&norms);
     PyBuffer_Release(&squares);
+    PyBuffer_Release(&first);
     return result;
 }
 
@@ -438,7 +454,7 @@ static PyObject *use_openmp(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"run", run, METH_VARARGS,
-     "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before): see native.py"},
+     "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before, first): see native.py"},
     {"look", look, METH_VARARGS,
      "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see native.py"},
     {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients"},

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends import gpu
 from agr_hf.optim.backends.look import TYPES, WHY_NOT, _native, describe, look
+from agr_hf.optim.backends.tables import DTYPES, flags_of_rows, is_plain, kinds_of_rows, laid_otherwise, lay_gradients
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.part import Part, Present, Row, Sums
 from agr_hf.optim.shards import Scalar, local
@@ -24,12 +26,10 @@ if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
 logger = logging.getLogger(__name__)
-DTYPES = (torch.float32, torch.bfloat16)
 # Rules of native.c by the name that an optimizer states; its `state_keys` are in the order of the loops' arguments.
 RULES = {"adam": 0, "adan": 1}
-# Modes of a call and flags of a tensor; the same in native.c.
+# Modes of a call; the same in native.c.
 SUMS_ONLY, SQUARES, COUPLED_ONLY, NORMS_GIVEN = 1, 2, 4, 8
-PSI, SECOND_REGULARIZED, COUPLED, SCALED_BY_NORM, PARAM_BF16, GRAD_BF16 = 1, 2, 4, 8, 16, 32
 NUMBERS = 16
 
 _said = False
@@ -69,11 +69,11 @@ def select_instructions(name: str | None = None) -> str:
 
 def missing_kernel(rule: str | None, param: Tensor) -> str | None:
     """What keeps the native step from a parameter, to follow "has no fused kernel", or None."""
-    if rule is None or not param.is_cpu:
+    if rule is None or not (param.is_cpu or (param.device.type in gpu.DEVICES and gpu.why_not() is None)):
         return f"on {param.device.type}"
     if param.dtype not in DTYPES:
         return f"for {param.dtype} (only for float32 and bfloat16)"
-    return None if _native is not None else f"here: it was not built ({WHY_NOT})"
+    return None if _native is not None or not param.is_cpu else f"here: it was not built ({WHY_NOT})"
 
 
 def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
@@ -83,19 +83,11 @@ def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
         return False
     param, grad = present.locals[row.index], present.local_grads[row.index]
     tensors = [param] if grad is None else [param, grad]
-    if not row.on_host or not all(map(_is_plain, tensors)):
-        return False
-    return Layout(param).view(param) is not None and is_available()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds its elements: not so where torch negates it, or takes it for zero, as it reads."""
     return (
-        type(tensor) in TYPES
-        and tensor.is_cpu
-        and tensor.dtype in DTYPES
-        and not tensor.is_neg()
-        and not torch._is_zerotensor(tensor)
+        row.on_host
+        and all(tensor.is_cpu and is_plain(tensor) for tensor in tensors)
+        and Layout(param).view(param) is not None
+        and is_available()
     )
 
 
@@ -104,28 +96,18 @@ class NativePart(Part):
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
         super().__init__(optimizer, rows, present, new)
-        self.rule, self.keys = RULES[optimizer.native_rule or ""], tuple(optimizer.state_keys)
+        self.rule = RULES[optimizer.native_rule or ""]
         params = [present.locals[i] for i in self.indices]
+        self.keys = tuple(optimizer.tensor_state(params[0], rows[0].group))  # of all rows: see Plan
         self.layouts = [Layout(param) for param in params]
         self.is_whole = len(rows) == len(present.params)
         self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
-        for param, layout, state in zip(params, self.layouts, self.states, strict=True):
-            optimizer.lay_state(param, layout, state)
-        # Gradients in another memory order than their parameter are copied into its order in each step.
-        self.copied = {
-            k: layout
-            for k, (i, layout) in enumerate(zip(self.indices, self.layouts, strict=True))
-            if (grad := present.local_grads[i]) is not None and layout.view(grad) is None
-        }
-        flags = [
-            PSI * row.psi
-            | SECOND_REGULARIZED * (row.group.get("second_moment") == "regularized")
-            | COUPLED * row.adds_decay
-            | SCALED_BY_NORM * optimizer.uses_norms
-            | PARAM_BF16 * (param.dtype == torch.bfloat16)
-            | GRAD_BF16 * (grad_look[0] == torch.bfloat16)
-            for row, param, grad_look in zip(rows, params, self.grad_looks, strict=True)
-        ]
+        for row, param, layout, state in zip(rows, params, self.layouts, self.states, strict=True):
+            optimizer.lay_state(param, row.group, layout, state)
+        grads = [present.local_grads[i] for i in self.indices]
+        self.copied = laid_otherwise(self.layouts, grads)
+        dtypes = [grad_look[0] for grad_look in self.grad_looks]
+        flags = flags_of_rows(optimizer, rows, params, dtypes, self.at_random)
         self.fixed = array("q", [param.numel() for param in params] + flags)
         self.groups = {row.group_index: row.group for row in rows}
         slots = {number: slot for slot, number in enumerate(self.groups)}
@@ -136,10 +118,7 @@ class NativePart(Part):
             (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
             for column in self.columns
         ]
-        grads = [present.local_grads[i] for i in self.indices]
-        kinds = [param if grad is None else grad for param, grad in zip(params, grads, strict=True)]
-        columns = [[local(state[key]) for state in self.states] for key in self.keys]
-        self.kept = describe([tensor for row in zip(params, kinds, *columns, strict=True) for tensor in row])
+        self.kept = describe(kinds_of_rows(params, grads, self.states, self.keys))
         self.addresses = array("q", bytes(8 * len(rows) * (2 + len(self.keys))))
         self.params: list[Tensor] = []  # until the step is done, as `held`
         self.held: list[Any] = []
@@ -160,15 +139,7 @@ class NativePart(Part):
         if count < 0:
             return False
         self.set_live(live)
-        self.params, self.held = params, grads
-        if self.copied:
-            # Not all are in the memory of a `.grad`: a DTensor's that is laid otherwise than its parameter was laid anew.
-            self.held = [
-                layout.flat(grad) if grad is not None and (layout := self.copied.get(k)) else grad
-                for k, grad in enumerate(grads)
-            ]
-            for k in self.copied:
-                self.addresses[len(grads) + k] = 0 if grads[k] is None else self.held[k].data_ptr() or 1
+        self.params, self.held = params, lay_gradients(grads, self.copied, self.addresses)
         return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
@@ -197,9 +168,10 @@ class NativePart(Part):
     @torch._disable_dynamo  # torch.compile cannot trace C
     def _run(self, mode: int, classes: array[int], numbers: array[float]) -> None:
         before = self.scalars["pre_l1_norm"].vector.data_ptr() if "pre_l1_norm" in self.scalars else 0
+        first = b"" if self.random_bits is None else array("q", self.random_bits.first(self.steps.vector).tolist())
         _native.run(
-            self.rule, len(self.keys), mode, torch.get_num_threads(), self.addresses, self.fixed, classes, numbers,
-            self.norms, self.squares, before,
+            self.rule, len(self.optimizer.state_keys), mode, torch.get_num_threads(), self.addresses, self.fixed,
+            classes, numbers, self.norms, self.squares, before, first,
         )  # fmt: skip
 
     def _classes(self, scales: Sequence[Scalar]) -> tuple[array[int], array[float]]:

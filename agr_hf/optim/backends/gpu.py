@@ -1,0 +1,256 @@
+"""The backend of GPUs: Triton kernels over tables of addresses (triton_kernels.py), for the rules of Adam and of Adan.
+
+What a step tells the kernels lies in small tables on the device. They are sent where they changed: addresses when a gradient
+moved, numbers when the learning rate did. Nothing is read from the device, and under `capturable` the learning rate, the
+steps and the end of AGR are read there, so that a CUDA graph repeats the step and not its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from agr_hf.optim.backends import look as looks
+from agr_hf.optim.backends.look import TYPES
+from agr_hf.optim.backends.tables import flags_of_rows, is_plain, kinds_of_rows, laid_otherwise, lay_gradients
+from agr_hf.optim.layout import Layout
+from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.rounding import COMPENSATION
+from agr_hf.optim.shards import Scalar, as_vector, local
+
+if TYPE_CHECKING:
+    from agr_hf.optim.step import StepOptimizer
+
+DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+CHUNK = 32_768  # elements of a program
+BLOCK = 1024
+NUMBERS = 10  # of a group: see triton_kernels.py
+
+
+def why_not() -> str | None:
+    """What keeps the kernels from being there, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
+    """Whether this backend computes a row: by the options of its group, and by what its tensors are."""
+    group = row.group
+    if optimizer.native_rule is None or group["foreach"] is not None or group["fused"] is False:
+        return False
+    param, grad = present.locals[row.index], present.local_grads[row.index]
+    tensors = [param] if grad is None else [param, grad]
+    return (
+        all(tensor.device.type in DEVICES and tensor.device == param.device and is_plain(tensor) for tensor in tensors)
+        and Layout(param).view(param) is not None
+        and why_not() is None
+    )
+
+
+class Table:
+    """Numbers of the host on a device, sent where they changed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, length: int) -> None:
+        self.tensor = torch.zeros(length, dtype=dtype, device=device)
+        self.sent: Any = None
+        self._sources: list[Tensor] = []
+
+    def send(self, values: Any) -> None:
+        if values == self.sent:
+            return
+        self.sent = values[:]
+        source = torch.tensor(values, dtype=self.tensor.dtype, device="cpu")
+        if self.tensor.device.type == "cuda":
+            # In pinned memory, so that the host need not wait. A recorded copy reads it at each replay: it is kept.
+            source = source.pin_memory()
+            self._sources = [*self._sources[-1:], source]
+            if torch.cuda.is_current_stream_capturing():
+                self._sources.append(source)
+        self.tensor.copy_(source, non_blocking=True)
+
+
+class GPUPart(Part):
+    """Rows that triton_kernels.py computes."""
+
+    def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
+        super().__init__(optimizer, rows, present, new)
+        params = [present.locals[i] for i in self.indices]
+        grads = [present.local_grads[i] for i in self.indices]
+        self.keys = tuple(optimizer.tensor_state(params[0], rows[0].group))  # of all rows: see Plan
+        self.layouts = [Layout(param) for param in params]
+        self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
+        for row, param, layout, state in zip(rows, params, self.layouts, self.states, strict=True):
+            optimizer.lay_state(param, row.group, layout, state)
+        self.copied = laid_otherwise(self.layouts, grads)
+        self.views = [
+            (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
+            for column in self.columns
+        ]
+        # DLPack may not know other devices.
+        in_c = self.device.type in ("cuda", "cpu")
+        self.look_at = looks.look if in_c else looks.look_in_python
+        describe = looks.describe if in_c else looks.describe_in_python
+        self.kept = describe(kinds_of_rows(params, grads, self.states, self.keys))
+        self.addresses = array("q", bytes(8 * len(rows) * (2 + len(self.keys))))
+        self.groups = {row.group_index: row.group for row in rows}
+        slots = {number: slot for slot, number in enumerate(self.groups)}
+        chunk_row: list[int] = []
+        chunk_at: list[int] = []
+        first_chunk = [0]
+        for k, param in enumerate(params):
+            # An empty shard has one too: it keeps the numbers of its whole tensor.
+            starts = range(0, max(param.numel(), 1), CHUNK)
+            chunk_row += [k] * len(starts)
+            chunk_at += starts
+            first_chunk.append(len(chunk_row))
+        self.chunks = len(chunk_row)
+        device = self.device
+
+        def constant(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)
+
+        flags = flags_of_rows(optimizer, rows, params, [found[0] for found in self.grad_looks], self.at_random)
+        self.chunk_row, self.chunk_at = constant(chunk_row), constant(chunk_at)
+        self.first_chunk, self.numel = constant(first_chunk), constant([param.numel() for param in params])
+        self.flags, self.slots = constant(flags), constant([slots[row.group_index] for row in rows])
+        self.table = Table(device, torch.int64, len(self.addresses))
+        self.numbers = Table(device, torch.float64, NUMBERS * len(self.groups))
+        self.host_steps = Table(device, torch.float64, len(rows))
+        self.host_random = Table(device, torch.int64, len(rows))
+
+        def sums(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.float64, device=device)
+
+        self.chunk_norms, self.chunk_squares = sums(self.chunks), sums(self.chunks)
+        self.row_norms, self.norms_after = sums(len(rows)), sums(len(rows))
+        self.params: list[Tensor] = []
+        self.held: list[Any] = []
+
+    def look(self, present: Present) -> bool:
+        params: list[Any] = [present.locals[i] for i in self.indices]
+        grads: list[Any] = [present.local_grads[i] for i in self.indices]
+        states = self.states
+        if self.has_shards:
+            states = [{key: local(value) for key, value in state.items()} for state in states]
+        if self.look_at(params, grads, states, self.keys, self.views, self.kept, self.addresses) < 0:
+            return False
+        self.set_live([grad is not None for grad in grads])
+        self.params = params
+        self.held = lay_gradients(grads, self.copied, self.addresses)
+        return True
+
+    def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
+        self._launch_sums(scales, squares=squares, coupled_only=coupled_only, handed_out=True)
+        norms = self._add_chunks(self.chunk_norms).unbind()
+        totals = self._add_chunks(self.chunk_squares).unbind() if squares else norms
+        for row, norm, total in zip(self.rows, norms, totals, strict=True):
+            if row.needs_norm and (row.adds_decay or not coupled_only) and not (squares and row.adds_decay):
+                sums.norms[row.index] = norm
+            if squares:
+                sums.squares[row.index] = total
+
+    def update(self, sums: Sums | None, scales: Sequence[Scalar]) -> None:
+        given = self.row_norms
+        if sums is None:
+            self._launch_sums(scales, squares=False, coupled_only=False, handed_out=False)
+        else:
+            given = as_vector([sums.norms[i] for i in self.indices], self.device.type).to(torch.float64)
+        self._launch_update(given, scales, norms_given=sums is not None)
+        torch.autograd.graph.increment_version(
+            [param for param, live in zip(self.params, self.live, strict=True) if live]
+        )
+        self.params, self.held = [], []
+
+    @torch._disable_dynamo
+    def _launch_sums(self, scales: Sequence[Scalar], *, squares: bool, coupled_only: bool, handed_out: bool) -> None:
+        from agr_hf.optim.backends.triton_kernels import sums_kernel
+
+        self._send(scales)
+        with self._on_device():
+            sums_kernel[(self.chunks,)](
+                self.table.tensor, len(self.rows), self._rest(), self.chunk_row, self.chunk_at, self.numel, self.flags,
+                self.slots, self.numbers.tensor, self.chunk_norms, self.chunk_squares,
+                SQUARES=squares, COUPLED_ONLY=coupled_only, HANDED_OUT=handed_out,
+                HAS_REST=COMPENSATION in self.keys, CHUNK=CHUNK, BLOCK=BLOCK,
+            )  # fmt: skip
+
+    @torch._disable_dynamo
+    def _add_chunks(self, chunk_sums: Tensor) -> Tensor:
+        from agr_hf.optim.backends.triton_kernels import add_chunks_kernel
+
+        sums = torch.zeros_like(self.row_norms)
+        with self._on_device():
+            add_chunks_kernel[(len(self.rows),)](self.first_chunk, chunk_sums, sums, BLOCK=128)
+        return sums
+
+    @torch._disable_dynamo
+    def _launch_update(self, given: Tensor, scales: Sequence[Scalar], *, norms_given: bool) -> None:
+        from agr_hf.optim.backends.triton_kernels import update_kernel
+
+        self._send(scales)
+        steps, first_random = self.steps.vector, None
+        if self.random_bits is not None:
+            first_random = self.random_bits.first(steps)
+        if not self.rows[0].group["capturable"]:
+            self.host_steps.send(steps.tolist())
+            steps = self.host_steps.tensor
+            if first_random is not None:
+                self.host_random.send(first_random.tolist())
+                first_random = self.host_random.tensor
+        before = self.scalars["pre_l1_norm"].vector if "pre_l1_norm" in self.scalars else None
+        with self._on_device():
+            update_kernel[(self.chunks,)](
+                self.table.tensor, len(self.rows), self._rest(), self.chunk_row, self.chunk_at, self.first_chunk,
+                self.numel, self.flags, self.slots, self.numbers.tensor, steps,
+                self.host_random.tensor if first_random is None else first_random, self.chunk_norms, given,
+                self.row_norms, self.row_norms if before is None else before, self.norms_after,
+                ADAN=self.optimizer.native_rule == "adan", NORMS_GIVEN=norms_given,
+                HAS_REST=COMPENSATION in self.keys, DRAWS=first_random is not None, KEEPS_NORM=before is not None,
+                CHUNK=CHUNK, BLOCK=BLOCK,
+            )  # fmt: skip
+        if before is not None:
+            before.copy_(self.norms_after)
+
+    def _on_device(self) -> Any:
+        """Triton launches on the current device; its interpreter knows no device."""
+        return nullcontext() if self.device.type == "cpu" else torch.get_device_module(self.device).device(self.device)
+
+    def _rest(self) -> Tensor:
+        """The column of what Kahan's compensation keeps; any other where there is none."""
+        return self.table.tensor[-len(self.rows) :]
+
+    def _send(self, scales: Sequence[Scalar]) -> None:
+        self.table.send(self.addresses)
+        numbers: list[float] = []
+        on_device: list[tuple[int, Tensor]] = []
+        for index, group in self.groups.items():
+            first: list[float] = []
+            for value in (scales[index], group["lr"]):
+                # What a device knows is copied there, and not waited for.
+                if isinstance(value, Tensor) and (not value.is_cpu or group["capturable"]):
+                    on_device.append((len(numbers) + len(first), value))
+                    value = 0.0
+                first.append(float(value))
+            steps = group.get("agr_steps") if group["capturable"] else None
+            betas = group["betas"]
+            numbers += [
+                *first,
+                group["eps"],
+                group["weight_decay"],
+                math.inf if steps is None else float(steps),
+                float(group.get("proximal", False)),
+                *betas,
+                *[0.0] * (NUMBERS - 6 - len(betas)),
+            ]
+        self.numbers.send(numbers)
+        for place, value in on_device:
+            self.numbers.tensor[place].copy_(value.reshape(()))
