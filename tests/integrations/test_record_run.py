@@ -216,13 +216,18 @@ def test_arguments_keep_no_secret_and_no_path(monkeypatch):
     argv = ["conf.yaml", "--lr", "1e-3", "--flag", "--layers", "1", "2", "--wandb_api_key", "abc",
             "--hub-token=x", "-c", "3", "--offset", "-1", "--password", "p q", "logger.api_key=abc",
             "--data", "/home/me/data.csv"]  # fmt: skip
-    found = script_arguments(argv)[1]
+    main_module = sys.modules["__main__"]
+    monkeypatch.setattr(main_module, "__file__", "/home/me/it.py", raising=False)
+    monkeypatch.setattr(main_module, "__spec__", None)
+    script, found = script_arguments(argv)
+    assert script == "it.py"
     assert found == {
         "": "conf.yaml", "lr": "1e-3", "flag": [], "layers": ["1", "2"], "-c": "3", "offset": "-1",
         "data": "/home/me/data.csv",
     }  # fmt: skip
-    main_module = sys.modules["__main__"]
-    monkeypatch.delattr(main_module, "__file__", raising=False)
+    monkeypatch.setattr(main_module, "__spec__", SimpleNamespace(name="trl.scripts.sft"))
+    assert script_arguments(argv)[0] == "-m trl.scripts.sft"
+    monkeypatch.delattr(main_module, "__file__")
     assert script_arguments(argv) == ("notebook", {})
 
 
@@ -230,6 +235,7 @@ def test_the_written_file_has_no_secret_and_no_path(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "sesame-open-up")
     argv = ["it.py", "--auth_token", "tokentoken", "--note", "sesame-open-up", "--data", "/home/me/data.csv"]
     monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "it.py", raising=False)
     trained(tmp_path / "run", optim="agr_adamw", hub_token="hf_abcdefghijklmnopqrst", run_name="/home/me/run")
     text = (tmp_path / "run/results.json").read_text()
     assert '"data": "data.csv"' in text
