@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs clean
+.PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs dist clean
 .PHONY: gpu-ready bench-gpu test-launch test-hosts test-kills test-postgres
 
 demo: $(VENV)/installed
@@ -83,8 +83,15 @@ docs: $(VENV)/installed
 	$(BIN)/python -m pytest tests/test_docs.py -m docs
 	@echo "The site is in site/: open site/index.html."
 
+# What a release uploads, as far as this machine builds it.
+dist: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 # Installed again whenever the requirements change. The stamp is written last: an interrupted installation is resumed.
-$(VENV)/installed: pyproject.toml agr_hf/optim/backends/native.c agr_hf/optim/backends/kernels.h
+$(VENV)/installed: pyproject.toml $(wildcard agr_hf/optim/backends/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "agr_hf needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 		"name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }

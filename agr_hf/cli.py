@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agr_hf.errors import UserError
+from agr_hf.errors import UserError, describe_missing
 from agr_hf.version import __version__
 
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=run_inspect)
     card = commands.add_parser("card", help="write a run's model card and curves")
-    card.add_argument("run_dir", type=Path, help="the --output_dir of a training script")
+    card.add_argument("run_dir", type=Path, help="the --output_dir of a training script, with its results.json")
     card.add_argument("--repo-id", default="user/model", help="where it will be published (%(default)s)")
     card.add_argument("--output", type=Path, help="folder for README.md and curves.png (that of the run)")
     card.set_defaults(run=run_card)
@@ -64,9 +64,18 @@ def parser() -> argparse.ArgumentParser:
         ("reproduce", run_reproduce, "run a published run's command again, and compare"),
     ):
         again = commands.add_parser(name, help=text, usage=f"agr-hf {name} SOURCE [options] [-- ARGUMENT ...]")
-        again.add_argument("source", help="a repository on the Hub" + (", or a run's folder" * (name == "reproduce")))
+        local = {"reproduce": ", or a run's folder", "resume": "; with --script also a run's folder"}
+        again.add_argument("source", help="a repository on the Hub" + local[name])
         again.add_argument("--revision", help="branch, tag or commit (main)")
-        again.add_argument("--output-dir", type=Path, required=True, help="folder for the run")
+        again.add_argument(
+            "--output-dir", type=Path, required=name == "reproduce",
+            help="folder for the run" + " (with --script that of a run here)" * (name == "resume"),
+        )  # fmt: skip
+        if name == "resume":
+            again.add_argument(
+                "--script", type=Path, help="your own, of a run that is of none of agr_hf's scripts; it gets the arguments "
+                "behind -- and no others",
+            )  # fmt: skip
         again.epilog = "Behind -- come arguments for the script, which win over the published ones."
         again.set_defaults(run=run)
     script = commands.add_parser(
@@ -87,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
     )
     versus.add_argument(
         "task",
-        help="images, albert, ddpm, or the path of a script that takes --optim, --seed and --output_dir and writes "
-        'results.json with {"metrics": {...}} there',
+        help="images, albert, ddpm, or the path of a script that takes --optim, --seed and --output_dir: one with a Trainer "
+        'as it is, another if it writes results.json with {"metrics": {...}} there',
     )
     versus.add_argument(
         "--optim", nargs="+", required=True, metavar="NAME",
@@ -174,7 +183,7 @@ def run_card(arguments: argparse.Namespace) -> None:
 
     folder = arguments.output or arguments.run_dir
     with tempfile.TemporaryDirectory() as temporary:
-        contents = prepare(arguments.run_dir, arguments.repo_id, Path(temporary))
+        contents = prepare(arguments.run_dir, arguments.repo_id, Path(temporary), needs_model=False)
         for name in ("README.md", "curves.png"):
             content = contents.get(name)
             if content is not None:
@@ -201,7 +210,9 @@ def run_push(arguments: argparse.Namespace) -> None:
 def run_resume(arguments: argparse.Namespace) -> None:
     from agr_hf.experiments.rerun import resume
 
-    resume(arguments.source, arguments.output_dir, arguments.extra, revision=arguments.revision)
+    resume(
+        arguments.source, arguments.output_dir, arguments.extra, script=arguments.script, revision=arguments.revision
+    )
 
 
 def run_reproduce(arguments: argparse.Namespace) -> None:
@@ -313,8 +324,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except ModuleNotFoundError as error:
-        hint = "install it, or all that the experiments need, in a checkout of agr_hf: pip install '.[train]'"
-        print(f"agr-hf: {error.name} is not installed; {hint}", file=sys.stderr)
+        missing = describe_missing(error)
+        if missing is None:
+            raise
+        print(f"agr-hf: {missing}", file=sys.stderr)
         return 1
     except (UserError, OSError, RuntimeError) as error:
         print(f"agr-hf: {error}", file=sys.stderr)

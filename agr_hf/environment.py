@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from agr_hf.texts import public
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,7 +64,7 @@ def describe_backends() -> dict[str, Any]:
         triton = True
     missing = {
         "available": False,
-        "why": f"its extension was not built: {native.WHY_NOT}",
+        "why": public(f"its extension was not built: {native.WHY_NOT}"),
         "what_to_do": "install a C compiler (gcc or clang) and install agr-hf again from source: pip install "
         "--force-reinstall --no-deps --no-binary agr-hf agr-hf",
     }

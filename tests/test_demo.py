@@ -61,7 +61,15 @@ def test_effects_are_measured_for_agr_and_only_where_it_applies(output):
 
 def test_the_table_shows_each_optimizer_and_layer(output):
     table = (output / "table.md").read_text()
-    for text in ("| AdamW |", "| AdamW(AGR) |", "| AdaL |", "±", "classifier.weight", "| overall |"):
+    for text in (
+        "| AdamW |",
+        "| AdamW(AGR) |",
+        "| AdaL |",
+        "±",
+        "classifier.weight",
+        "| overall |",
+        "scikit-learn's 8x8",
+    ):
         assert text in table
 
 
@@ -84,6 +92,13 @@ def test_splits_are_disjoint_stratified_and_always_the_same():
     assert all(torch.equal(splits[name].labels, again[name].labels) for name in splits)
     assert splits["train"].pixel_values.aminmax() == (-1, 1)
     assert splits["test"].labels.bincount().min() >= 34
+
+
+def test_its_runs_are_rows_of_the_leaderboard(output, capsys):
+    assert main(["leaderboard", str(output)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 3
+    assert all("| Test accuracy |" in row and "| demo | digits |" in row for row in rows)
 
 
 def test_results_name_no_path_or_user(output):

@@ -3,8 +3,11 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
+
+import agr_hf
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"agr_hf": "agr_hf", "model_cards": "agr_hf/model_cards", "training_scripts": "agr_hf/training_scripts"}
@@ -31,3 +34,22 @@ def test_the_wheel_has_every_module_template_and_metric_card(tmp_path):
     assert packed == sources
     assert "agr_hf/model_cards/card.md.jinja" in packed
     assert "agr_hf/training_scripts/train_ddpm.py" in packed
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {agr_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {agr_hf.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_sdist_builds_the_extension(tmp_path):
+    """Headers that are missing in it would be noticed by those only who have no wheel."""
+    shutil.copytree(
+        ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".*", "__pycache__", "*.so", "build", "dist")
+    )
+    build = "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "checkout", check=True, capture_output=True)
+    (sdist,) = (tmp_path / "checkout/dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "agr_hf/optim/backends").glob("*.[ch]")}
+    assert sources <= names

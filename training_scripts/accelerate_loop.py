@@ -28,6 +28,7 @@ from agr_hf.integrations.accelerate import (
 )
 from agr_hf.integrations.launch import check_launch
 from agr_hf.tasks.digits import digits_model, load_digits
+from agr_hf.tasks.runs import run_main
 
 
 def parse_args(argv=None):
@@ -128,4 +129,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

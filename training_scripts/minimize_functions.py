@@ -14,7 +14,6 @@ import math
 import time
 from pathlib import Path
 
-import optuna
 import torch
 
 from agr_hf import list_optimizers
@@ -56,6 +55,8 @@ def parse_args(argv=None):
 def search(function, optimizer, args):
     """The learning rate whose run ends nearest to the minimum."""
 
+    import optuna
+
     def objective(trial):
         lr = trial.suggest_float("lr", args.lowest_lr, args.highest_lr, log=True)
         return min(squared_distance(function, trajectory(function, optimizer, lr, args.search_steps)), FARTHEST)
@@ -88,6 +89,8 @@ def plot(function, ways, path):
 
 
 def main(argv=None):
+    import optuna  # here and not above: `run_main` says in a sentence what is missing
+
     args, given = parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # two numbers at a time

@@ -17,9 +17,6 @@ from typing import Literal
 
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
-from diffusers import DDPMPipeline
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
 from agr_hf import create_optimizer, list_optimizers
@@ -129,6 +126,11 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    # Here and not above: `run_main` says in a sentence what is missing.
+    from diffusers import DDPMPipeline
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
     args, given = parse_args(argv)
     output_dir = Path(args.output_dir)
     repo_id = args.hub_model_id or output_dir.resolve().name

@@ -1,4 +1,4 @@
-"""The demo: AdamW, AdamW(AGR) and AdaL train the same small ViT on real digits, three seeds each."""
+"""The demo: AdamW, AdamW(AGR) and AdaL train the same small ViT on scikit-learn's 8x8 digits, three seeds each."""
 
 from __future__ import annotations
 
@@ -78,6 +78,9 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
         say: takes the lines for the user.
     """
     output.mkdir(parents=True, exist_ok=True)  # or fail before the training, not after it
+    import matplotlib  # noqa: F401
+    import sklearn  # noqa: F401
+
     transformers_logging.disable_progress_bar()  # ours is the one to look at
     runs: list[RunRecord] = []
     steps = epochs * -(-1077 // ARGUMENTS["per_device_train_batch_size"])
@@ -91,10 +94,13 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
                 best.save_pretrained(folder)
     rate, decay = ARGUMENTS["learning_rate"], ARGUMENTS["weight_decay"]
     text = (
-        f"{results_table(runs)}\n\nThe same initial weights and the same batches for each seed; "
-        f"{seeds} seeds, {epochs} epochs, lr {rate:g}, decoupled weight decay {decay:g}, cosine "
-        f"schedule. Mean ± standard deviation over seeds; 360 test images, so one image is 0.28%.\n\n"
-        f"What AGR took from the gradients, ‖Ψ(g) − g‖ / ‖g‖, every {MEASURE_EVERY} steps:\n\n{effects_table(runs)}\n"
+        f"{results_table(runs)}\n\nscikit-learn's 8x8 images of handwritten digits: 1,077 to train on, 360 for the curves "
+        "(validation), and 360 others for this table (test), so one image is 0.28%. The same initial weights and the same "
+        f"batches for each seed; {seeds} seeds, {epochs} epochs, lr {rate:g}, decoupled weight decay {decay:g}, cosine "
+        "schedule. Mean ± standard deviation over seeds. In curves.png lines are means of the seeds, and bands reach from "
+        "the lowest seed to the highest.\n\n"
+        f"What AGR took from the gradients, ‖Ψ(g) − g‖ / ‖g‖ in percent, every {MEASURE_EVERY} steps:\n\n"
+        f"{effects_table(runs)}\n"
     )
     write_text(output / "table.md", text)
     write_text(output / "results.json", json.dumps({"runs": [asdict(run) for run in runs]}, indent=2) + "\n")
@@ -104,6 +110,10 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
         say(f"  {output / name}")
     for name in OPTIMIZERS:
         say(f"  {output / 'models' / name}  (AutoModelForImageClassification.from_pretrained loads it)")
+    say("\nNext:")
+    say("  agr-hf inspect FOLDER_OR_HUB_ID                  would AGR change anything for a model of yours?")
+    say("  agr-hf run your_script.py --optim agr_adamw ...  train it with AdamW(AGR), the script unchanged")
+    say("  agr-hf compare your_script.py --optim adamw_torch agr_adamw --seeds 8 --output comparison   does it help?")
 
 
 def metric(run: RunRecord, name: str) -> float:
@@ -135,10 +145,10 @@ def effects_table(runs: Sequence[RunRecord]) -> str:
         if run.gradients:
             for layer, found in {**run.gradients["layers"], "overall": run.gradients["overall"]}.items():
                 layers.setdefault(layer, []).append(found)
-    rows = ["| layer | effect | largest share of one element |", "| --- | --- | --- |"]
+    rows = ["| layer | effect (%) | largest share of one element (%) |", "| --- | --- | --- |"]
     for layer, of in layers.items():
         effect = statistics.mean(found["effect"] for found in of)
-        rows.append(f"| {layer} | {effect:.1e} | {max(found['largest_share'] for found in of):.1e} |")
+        rows.append(f"| {layer} | {100 * effect:.2g} | {100 * max(found['largest_share'] for found in of):.2g} |")
     return "\n".join(rows)
 
 
@@ -146,19 +156,28 @@ def plot_curves(runs: Sequence[RunRecord], path: Path) -> None:
     """Training loss, validation loss and validation accuracy by epoch: the mean of the seeds, and their range."""
     from matplotlib.figure import Figure
 
-    panels = {"train_loss": "training loss", "loss": "validation loss", "accuracy": "validation accuracy"}
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = {"train_loss": "training loss", "loss": "validation loss", "accuracy": "validation accuracy (%)"}
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure.suptitle("Lines: mean of the seeds. Bands: from the lowest seed to the highest.", fontsize=10)
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name in dict.fromkeys(run.optimizer for run in runs):
-            curves = [[point[key] for point in run.epochs] for run in runs if run.optimizer == name]
+            scale = 100 if key == "accuracy" else 1
+            curves = [[_scaled(point[key], scale) for point in run.epochs] for run in runs if run.optimizer == name]
             columns = list(zip(*curves, strict=True))
             epochs = range(1, len(columns) + 1)
             axes.plot(epochs, [statistics.mean(column) for column in columns], label=optimizer_info(name).title)
             axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2)
         axes.set_title(title)
         axes.set_xlabel("epoch")
-        if key != "accuracy":
+        if key == "accuracy":
+            axes.set_ylim(0, 100)
+        else:
             axes.set_yscale("log")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(OPTIMIZERS))
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": "agr_hf"})
+
+
+def _scaled(value: float | None, scale: int) -> float:
+    """A number of an epoch; NaN where it was not finite."""
+    return float("nan") if value is None else scale * value

@@ -6,6 +6,8 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from agr_hf.tasks.images import open_image
 
 Batch = dict[str, Tensor]
 TEXT_LENGTH = 64
+STEP_SIZE = 1e-3  # of the steps before the measurement, where layers have no gradient yet
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,26 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
     Raises:
         ValueError: there is no such model, or it could not be loaded without a network.
     """
-    import timm
     import transformers
 
-    from agr_hf.tasks.classifiers import register_small_image_models
+    # A folder of transformers' own needs no timm.
+    if find_spec("timm") is not None:
+        import timm
 
-    register_small_image_models()
-    if not Path(name).is_dir() and timm.is_model(name):
-        model: nn.Module = timm.create_model(name, pretrained=pretrained)
-        return model
+        from agr_hf.tasks.classifiers import register_small_image_models
+
+        register_small_image_models()
+        if not Path(name).is_dir() and timm.is_model(name):
+            model: nn.Module = timm.create_model(name, pretrained=pretrained)
+            return model
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         cls = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
         loaded: nn.Module = cls.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
+        of_timm = "no architecture of timm" if find_spec("timm") else "timm is not installed (pip install timm)"
         raise UserError(
-            f"{name!r} is no local folder with a model, no architecture of timm, and not to be had from the Hub "
+            f"{name!r} is no local folder with a model, {of_timm}, and it could not be loaded from the Hub "
             f"({str(error).splitlines()[0]})"
         ) from error
     return loaded
@@ -149,7 +156,6 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
 
 def _normalization(model: Any, name: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of the channels that the model was trained with, where it says so."""
-    import timm
     from transformers import AutoImageProcessor
 
     try:
@@ -157,7 +163,9 @@ def _normalization(model: Any, name: str) -> tuple[Sequence[float], Sequence[flo
             processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
             said = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
         else:
-            said = timm.data.resolve_model_data_config(model)
+            from timm.data import resolve_model_data_config
+
+            said = resolve_model_data_config(model)
     except (OSError, ValueError, AttributeError, ImportError):
         said = {}
     mean, std = said.get("mean"), said.get("std")
@@ -281,6 +289,18 @@ def measure(model: nn.Module, batches: Iterator[Batch], tick: Callable[[], objec
     return sorted(layers, key=lambda layer: -layer.effect)
 
 
+def take_steps(model: nn.Module, batches: Iterator[Batch]) -> int:
+    """Train on some batches, so that layers that stand behind a weight of zero get gradients. Returns the steps taken."""
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=STEP_SIZE)
+    steps = 0
+    for batch in batches:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        steps += 1
+    return steps
+
+
 def verdict(layers: list[Layer]) -> str:
     """The answer in two sentences, with the numbers that it rests on."""
     silent = [layer for layer in layers if layer.zeros == 1]
@@ -300,10 +320,7 @@ def verdict(layers: list[Layer]) -> str:
             "median layer."
         )
     if silent:
-        text += (
-            f" {len(silent)} more got a gradient of exactly zero, which AGR leaves alone; they are not counted. New "
-            "residual networks begin so; weights that were trained (--pretrained, or a folder) say more."
-        )
+        text += f" {len(silent)} more got a gradient of exactly zero, which AGR leaves alone; they are not counted."
     return text
 
 
@@ -366,21 +383,37 @@ def inspect(
     torch.manual_seed(0)
     model = load_model(name, pretrained)
     if dataset is None:
-        source, what = random_batches(model, batch_size, batches), "random batches"
+        draw, what = partial(random_batches, model, batch_size, batches), "random batches"
     else:
-        source, what = dataset_batches(model, dataset, name, batch_size, batches), f"batches of {Path(dataset).name}"
+        draw = partial(dataset_batches, model, dataset, name, batch_size, batches)
+        what = f"batches of {Path(dataset).name}"
+    steps = 0
     with tqdm(total=batches, unit="batch", desc="inspect") as bar:
-        layers = measure(model, source, bar.update)
+        layers = measure(model, draw(), bar.update)
+        if any(layer.zeros == 1 for layer in layers):
+            steps = take_steps(model, draw())
+            bar.reset()
+            layers = measure(model, draw(), bar.update)
     title = f"{Path(name).name}: {batches} {what} of {batch_size}"
     text = f"{title}\n\n{verdict(layers)}\n\n{table(layers, rows)}\n"
+    if steps:
+        text += (
+            f"\nSome layers of the given weights got a gradient of exactly zero, as in new residual networks. Measured "
+            f"after {steps} steps of AdamW.\n"
+        )
     if dataset is None:
         text += "\nRandom batches have random labels; give a dataset for the gradients that training would see.\n"
-    results = {"model": Path(name).name, "batches": what, "batch_size": batch_size, "count": batches,
+    results = {"model": Path(name).name, "batches": what, "batch_size": batch_size, "count": batches, "steps_before": steps,
                "layers": [asdict(layer) for layer in layers], **environment()}  # fmt: skip
     write_text(output / "inspect.md", text)
     write_text(output / "inspect.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    plot(layers, title, output / "inspect.png")
+    written = ["inspect.md", "inspect.json"]
+    if find_spec("matplotlib") is not None:
+        plot(layers, title, output / "inspect.png")
+        written.append("inspect.png")
     say("\n" + text)
     say("Written to:")
-    for file in ("inspect.md", "inspect.json", "inspect.png"):
+    for file in written:
         say(f"  {output / file}")
+    if len(written) == 2:
+        say("There is no picture without matplotlib: pip install matplotlib")

@@ -15,7 +15,7 @@ from agr_hf.errors import UserError
 from agr_hf.hub.cards import shown_metrics, task_of
 from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
-from agr_hf.tasks.record import RunRecord, read_record
+from agr_hf.tasks.record import RunRecord, read_record, read_records
 from agr_hf.tasks.runs import lower_is_better
 from agr_hf.texts import one_line
 
@@ -40,7 +40,7 @@ class _Row:
 
 
 def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunRecord]:
-    """Records of runs: of folders with a `results.json`, of all runs below a folder, of repositories on the Hub.
+    """Records of runs: of folders with a `results.json`, of all below a folder, of a demo, of repositories on the Hub.
 
     Raises:
         UserError: a source holds no run; the message names it.
@@ -54,6 +54,8 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunReco
             if not runs:
                 raise UserError(f"there is no results.json in {source} or below it")
             found += [record for run in runs if (record := _record_of(run))]
+        elif path.is_dir():
+            found += read_records(path)
         else:
             found.append(published_record(source, api=api))
     return found

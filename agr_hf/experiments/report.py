@@ -69,6 +69,11 @@ def read_comparison(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not whole.
     """
+    if (folder / "results.json").exists() and not (folder / "comparison.json").exists():
+        raise UserError(
+            f"{folder} holds one run, and a report is of a comparison: agr-hf card {folder} shows the run; agr-hf compare "
+            "SCRIPT --optim NAME NAME runs its script with several optimizers and writes a report"
+        )
     try:
         found: dict[str, Any] = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
         found["comparisons"], found["cells"]

@@ -26,7 +26,8 @@ from agr_hf.environment import environment
 from agr_hf.errors import UserError
 from agr_hf.files import write_text
 from agr_hf.hub.download import download_run, published_record
-from agr_hf.hub.training_state import FOLDER, import_checkpoint
+from agr_hf.hub.training_state import FOLDER, import_checkpoint, newest_checkpoint
+from agr_hf.integrations.run import run_own_script
 from agr_hf.tasks.arguments import ScriptParser
 from agr_hf.tasks.recipes import given_arguments
 from agr_hf.tasks.record import RunRecord, argument_words, read_record
@@ -157,9 +158,14 @@ def prepare_rerun(published: RunRecord, output_dir: Path) -> tuple[list[str], in
     processes, most = published.processes or 1, max(os.cpu_count() or 1, torch.cuda.device_count())
     if not 1 <= processes <= most:
         raise UserError(f"the run was made with {processes} processes, and this machine has room for {most}")
+    refuse_filled(output_dir)
+    return [*arguments, "--output_dir", str(output_dir)], processes
+
+
+def refuse_filled(output_dir: Path) -> None:
+    """Raise UserError where a folder has files that a published run might replace."""
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"{output_dir} is there and not empty; pass a new folder as --output-dir")
-    return [*arguments, "--output_dir", str(output_dir)], processes
 
 
 def reproduce(
@@ -232,9 +238,10 @@ def comparison(rows: Sequence[tuple[str, Any, Any]]) -> str:
 
 def resume(
     repo_id: str,
-    output_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] | None,
     extra: Sequence[str] = (),
     *,
+    script: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     api: HfApi | None = None,
 ) -> None:
@@ -244,9 +251,10 @@ def resume(
     unpickled.
 
     Args:
-        repo_id: on the Hub, pushed with its training state.
-        output_dir: for the run; the checkpoint is put into it.
+        repo_id: on the Hub, pushed with its training state; with `script` also the folder of a run here, finished or not.
+        output_dir: for the run; the checkpoint is put into it. May be None for a folder here, which then goes on itself.
         extra: arguments of the script that win over the published ones, such as a larger number of epochs.
+        script: the user's own, for a run that is of no script of agr_hf; it gets `extra` as its arguments, and no others.
         revision: of the repository.
         api: a client with an endpoint and token of its own.
 
@@ -255,11 +263,17 @@ def resume(
         ConnectionError: the Hub failed.
         RuntimeError: the script failed.
     """
-    output_dir = Path(output_dir)
+    if script is not None and Path(repo_id).is_dir():
+        _resume_folder(Path(repo_id), Path(output_dir or repo_id), script, extra)
+        return
     if Path(repo_id).is_dir():
         raise UserError(
-            f"{repo_id} is a folder here; run its own command again, with more epochs and --resume_from_checkpoint latest"
+            f"{repo_id} is a folder here; run its own command again, with more epochs and --resume_from_checkpoint latest, "
+            "or pass --script with the script of the run"
         )
+    if output_dir is None:
+        raise UserError(f"{repo_id} is no folder here; pass --output-dir with a new folder for the run")
+    output_dir = Path(output_dir)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         download_run(
@@ -274,8 +288,40 @@ def resume(
                 f"{repo_id} was published without its training state; push it with --with-training-state, or start from "
                 "its weights"
             )
+        if published.own_script and script is None:
+            name = one_line(published.script)[:100]
+            raise UserError(f"{repo_id} is a run of its author's script {name!r}; pass your copy of it as --script")
+        if script is not None and not published.own_script:
+            raise UserError(f"{repo_id} is a run of agr_hf's {published.script}; leave --script out")
+        if script is not None:
+            _refuse_several_processes(published)
+            refuse_filled(output_dir)
+            print(f"the arguments of the published run: {one_line(shlex.join(argument_words(published.arguments)))}")
+            run_own_script(script, extra, import_checkpoint(folder / FOLDER, output_dir), output_dir)
+            return
         arguments, processes = prepare_rerun(published, output_dir)
         checkpoint = import_checkpoint(folder / FOLDER, output_dir)
         if (folder / "tokenizer").is_dir():
             shutil.copytree(folder / "tokenizer", output_dir / "tokenizer")
     run_script(published.script, [*arguments, "--resume_from_checkpoint", str(checkpoint), *extra], processes)
+
+
+def _resume_folder(folder: Path, output_dir: Path, script: str | os.PathLike[str], extra: Sequence[str]) -> None:
+    """Train on from the newest complete checkpoint of a run here, in its folder or in another one."""
+    if (folder / "results.json").exists():
+        _refuse_several_processes(read_record(folder))
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"{folder} has no complete checkpoint to go on from; start the script again")
+    if output_dir.resolve() != folder.resolve():
+        refuse_filled(output_dir)
+        checkpoint = Path(shutil.copytree(checkpoint, output_dir / checkpoint.name))
+    run_own_script(script, extra, checkpoint, output_dir)
+
+
+def _refuse_several_processes(run: RunRecord) -> None:
+    if (run.processes or 1) > 1:
+        raise UserError(
+            f"the run was made with {run.processes} processes, and --script runs in one; start the script with torchrun, "
+            "and have it pass the checkpoint to trainer.train(resume_from_checkpoint=...)"
+        )

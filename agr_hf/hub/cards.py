@@ -32,6 +32,8 @@ CITATION = """@misc{agr2024,
   archivePrefix = {arXiv}
 }"""
 LAYERS_SHOWN = 10
+MOST_PANELS = 6  # of metrics, in the picture
+LEAST_SPAN = 0.1  # of an axis, as a share of its largest value
 # What FID and IS are of, by the field's convention.
 SAMPLES = 50_000
 # What the Hub takes for the id of a data set, and for a tag.
@@ -51,8 +53,8 @@ class Task:
     """
 
     what: str
-    library: str
-    pipeline: str
+    library: str | None
+    pipeline: str | None
     split: str
     metrics: Mapping[str, str]
     usage: str
@@ -70,6 +72,16 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 register_small_image_models()  # networks for small images are timm's with other stems
 processor = AutoImageProcessor.from_pretrained({repo_id})
+model = AutoModelForImageClassification.from_pretrained({repo_id})""",
+    ),
+    "demo": Task(
+        what="The demo's image classifier",
+        library="transformers",
+        pipeline="image-classification",
+        split="test",
+        metrics={"test_accuracy": "Test accuracy", "test_loss": "Test loss", "loss": "Validation loss"},
+        usage="""from transformers import AutoModelForImageClassification
+
 model = AutoModelForImageClassification.from_pretrained({repo_id})""",
     ),
     "albert": Task(
@@ -142,14 +154,15 @@ def model_card(
         title=title(run),
         task={"what": task.what, "usage": task.usage.format(repo_id=json.dumps(repo_id))},
         optimizer=info.title if info else optimizer,
-        source=info.source if info else "Trainer's own",
+        source=info.source if info else "of another package" if run.own_script else "Trainer's own",
+        own_script=run.own_script,
         dataset=_dataset_words(run.dataset),
         evaluation=_evaluation_words(run.dataset, run.metrics),
         metrics=[(name, value) for name, value in _metrics(task, run.metrics) if value is not None],
         curves=curves,
         compared=compared,
         samples=urllib.parse.quote(samples) if samples else None,
-        uses_agr=optimizer.startswith("agr_"),
+        uses_agr=optimizer.startswith("agr_") or run.config.get("agr_attached") is True,
         effect=None if effect is None else 100 * effect,
         measurements=gradients.get("measurements"),
         layers=layers[:LAYERS_SHOWN],
@@ -172,9 +185,45 @@ def model_card(
 
 def task_of(run: RunRecord) -> Task:
     """The workload of a run; UserError where cards do not know it."""
+    if run.own_script:
+        return _own_task(run)
     if run.task not in TASKS:
         raise UserError(f"there is no card for the task {run.task!r}; the tasks are {', '.join(TASKS)}")
     return TASKS[run.task]
+
+
+def _own_task(run: RunRecord) -> Task:
+    """Of a user's script: what its record says of the model, and every number that it measured."""
+    config = run.config
+    cls, base = config.get("model_class"), config.get("base_model")
+    cls = cls if cls and re.fullmatch(r"[A-Za-z_]\w*", cls) else None
+    loaded = "{repo_id}"
+    if config.get("library") == "peft" and cls and base and HUB_ID.fullmatch(base):
+        usage = (
+            f"from peft import PeftModel\nfrom transformers import {cls}\n\n"
+            f'model = PeftModel.from_pretrained({cls}.from_pretrained("{base}"), {loaded})'
+        )
+    elif config.get("library") == "transformers" and cls:
+        usage = f"from transformers import {cls}\n\nmodel = {cls}.from_pretrained({loaded})"
+    else:
+        usage = (
+            "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+            f'weights = load_file(hf_hub_download({loaded}, "model.safetensors"))  # for the author\'s own class'
+        )
+    best = str(config.get("metric_for_best_model") or "").removeprefix("eval_")
+    names = sorted((key for key in run.metrics if key not in ("loss", "train_loss")), key=lambda key: key != best)
+    labels = {name: name.replace("_", " ") for name in names} | {"loss": "Evaluation loss"}
+    if "loss" not in run.metrics:
+        labels["train_loss"] = "Training loss"
+    known = run.task != "other" and HUB_ID.fullmatch(run.task)
+    return Task(
+        what=f"A {cls}" if cls else "A model",
+        library=config.get("library") if config.get("library") in ("transformers", "peft") else None,
+        pipeline=run.task if known else None,
+        split="evaluation",
+        metrics=labels,
+        usage=usage,
+    )
 
 
 def title(run: RunRecord) -> str:
@@ -196,7 +245,7 @@ def metadata(run: RunRecord, repo_id: str) -> str:
     name = one_line(dataset.get("name") or "unknown")
     evaluations = [
         EvalResult(
-            task_type=task.pipeline,
+            task_type=task.pipeline or "other",
             dataset_type=hub_id or re.sub(r"[^\w.]+", "-", name).strip("-") or "unknown",
             dataset_name=name,
             dataset_config=dataset.get("config") if hub_id else None,
@@ -207,7 +256,7 @@ def metadata(run: RunRecord, repo_id: str) -> str:
             metric_value=value,
         )
         for key, label, value in shown_metrics(task, run.metrics)
-        if key != "loss" or task.split != "train"  # a training loss evaluates nothing
+        if key != "train_loss" and (key != "loss" or task.split != "train")  # a training loss evaluates nothing
     ]
     base = run.config.get("base_model")
     data = ModelCardData(
@@ -263,7 +312,7 @@ def draw_curves(run: RunRecord, path: Any) -> bool:
     task = task_of(run)
     losses = {"train_loss": "Training loss", "loss": task.metrics["loss"]}
     panels = [list(losses.items())]
-    panels += [[(key, label)] for key, label in task.metrics.items() if key != "loss"]
+    panels += [[(key, label)] for key, label in task.metrics.items() if key not in losses][:MOST_PANELS]
     drawn = []
     for panel in panels:
         series = [
@@ -275,13 +324,17 @@ def draw_curves(run: RunRecord, path: Any) -> bool:
             drawn.append(series)
     if not drawn:
         return False
-    figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(drawn), 3.3), layout="constrained")
     for axes, series in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for label, points in series:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        low, high = axes.get_ylim()
+        wide = LEAST_SPAN * max(abs(low), abs(high))
+        if high - low < wide:  # a change of a fraction of a percent is no collapse
+            axes.set_ylim((low + high - wide) / 2, (low + high + wide) / 2)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series), frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return True
 
@@ -318,7 +371,7 @@ def _evaluation_words(dataset: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     of = f"{dataset['evaluated']:,} examples" if dataset.get("evaluated") else "examples"
     if isinstance(metrics.get("samples"), int):
         of = f"{metrics['samples']:,} samples, against {of}"
-    part = "" if dataset.get("complete") else ", a part of it"
+    part = "" if dataset.get("complete") or "complete" not in dataset else ", a part of it"
     return f"on {of} of the split {dataset['split']!r}{part}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from agr_hf.errors import UserError
 from agr_hf.integrations.checkpoints import file_fault, shards_of
+from agr_hf.tasks.record import NO_RECORD
 from agr_hf.texts import public, secret_in, without_secrets
 
 # Weights are published as safetensors only: never what must be unpickled, and no event files, whose names hold a host's.
@@ -57,8 +58,12 @@ def is_replaced(path: str, of_a_run: bool) -> bool:
     return is_published(path) and (bool(LOADED.fullmatch(path)) or (inside and of_a_run))
 
 
-def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
+def run_files(run_dir: str | os.PathLike[str], *, needs_model: bool = True) -> dict[str, Path]:
     """The files of a run to be published, by their path in the repository.
+
+    Args:
+        run_dir: of a finished run.
+        needs_model: whether a folder without a model is refused; a card needs none.
 
     Raises:
         UserError: the folder holds no finished run; the message says what is missing.
@@ -78,11 +83,12 @@ def run_files(run_dir: str | os.PathLike[str]) -> dict[str, Path]:
         if path.is_symlink() or any(parent.is_symlink() for parent in list(path.parents)[: name.count("/")]):
             raise UserError(f"{run_dir}: {name} is a link, which is not followed; put the file itself there")
     if "results.json" not in files:
+        raise UserError(f"{run_dir} {NO_RECORD}")
+    if needs_model and not any(name in files for name in WEIGHTS):
         raise UserError(
-            f"{run_dir} has no results.json: the run did not finish; start it again with --resume_from_checkpoint latest"
+            f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json; trainer.save_model() at "
+            "the end of a script writes it"
         )
-    if not any(name in files for name in WEIGHTS):
-        raise UserError(f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json")
     fault = _fault_of(files)
     if fault:
         raise UserError(f"{run_dir}: {fault}; nothing was pushed: train it again with --resume_from_checkpoint latest")

@@ -107,7 +107,12 @@ def push_finished(run_dir: str | os.PathLike[str], repo_id: str, **options: Any)
 
 
 def prepare(
-    run_dir: str | os.PathLike[str], repo_id: str, temporary: Path, with_training_state: bool = False
+    run_dir: str | os.PathLike[str],
+    repo_id: str,
+    temporary: Path,
+    with_training_state: bool = False,
+    *,
+    needs_model: bool = True,
 ) -> dict[str, bytes | Path]:
     """Everything that a push puts on the Hub, by path: contents, or where they are. Nothing is sent.
 
@@ -115,7 +120,7 @@ def prepare(
         UserError: see `push_run`.
     """
     run = read_record(run_dir)
-    files = run_files(run_dir)
+    files = run_files(run_dir, needs_model=needs_model)
     if with_training_state:
         checkpoint = newest_checkpoint(run_dir)
         if checkpoint is None:

@@ -8,7 +8,8 @@ def register() -> None:
 
     Afterwards `TrainingArguments(optim="agr_adamw")`, `--optim agr_adamw` in any script with HfArgumentParser, and
     `timm.optim.create_optimizer_v2(model, "agradamw")` work; timm lists names without underscores, and this function takes
-    both. Call it in every process that parses such names. May be called again: nothing is added twice.
+    both. Call it in every process that parses such names, or that unpickles a `training_args.bin` of such a run. May be
+    called again: nothing is added twice.
 
     Trainer's clipping moves into the step of these optimizers, where it is the same there (docs/integrations.md).
 

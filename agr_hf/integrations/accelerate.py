@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,6 +198,57 @@ def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: st
         accelerator.load_state(resume)
     logger.info("resumed from %s", resume)
     return True
+
+
+def record_run(
+    accelerator: Accelerator,
+    output_dir: str | os.PathLike[str],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metrics: Mapping[str, Any],
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    epochs: Sequence[Mapping[str, Any]] = (),
+    train_data: Any = None,
+    eval_data: Any = None,
+    dataset: str | None = None,
+    seconds: float | None = None,
+) -> None:
+    """Leave the record of a finished loop, `results.json`, as `agr_hf.integrations.callbacks.RecordRun` does for Trainer.
+
+    Call it in every process when the model is saved; the main process writes.
+
+        record_run(accelerator, args.output_dir, model, optimizer, {"accuracy": accuracy}, arguments=vars(args))
+
+    Args:
+        accelerator: of the loop.
+        output_dir: where the model is.
+        model, optimizer: prepared or not.
+        metrics: at the end.
+        arguments: of the script, such as `vars(args)`; those named like a secret are left out. "seed" is the run's.
+        epochs: one mapping for each epoch, with its "epoch" and metrics, for the curves of the card.
+        train_data, eval_data: data sets, for their names and sizes.
+        dataset: name of the data, which wins.
+        seconds: of training.
+    """
+    if not accelerator.is_main_process:
+        return
+    from agr_hf.tasks.own_run import describe_own_dataset, write_own_record
+
+    arguments = dict(arguments or {})
+    seed = arguments.get("seed")
+    write_own_record(
+        output_dir,
+        model=model,
+        optimizer=optimizer,
+        metrics=metrics,
+        config=arguments,
+        device=accelerator.device,
+        epochs=[dict(epoch) for epoch in epochs],
+        dataset=describe_own_dataset(train_data, eval_data, dataset),
+        seed=seed if isinstance(seed, int) else None,
+        seconds=seconds,
+    )
 
 
 def latest_state(output_dir: str | os.PathLike[str]) -> Path | None:

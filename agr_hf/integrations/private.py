@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.utils.data import DataLoader, Dataset
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,44 @@ def _enum_member(names: Any, value: str) -> Any:
     if names(value) is not member or names[member._name_] is not member or member not in list(names):
         raise RuntimeError(_missing("transformers", "an OptimizerNames that can be extended", TRAINER_ROUTE))
     return member
+
+
+def add_default_callback(callback: type[TrainerCallback]) -> None:
+    """Have every Trainer of this process begin with a callback, before those that it is given.
+
+    Raises:
+        RuntimeError: this transformers has no list of them.
+    """
+    from transformers import trainer
+
+    defaults = getattr(trainer, "DEFAULT_CALLBACKS", None)
+    if not isinstance(defaults, list):
+        route = f"use the public route instead: Trainer(callbacks=[{callback.__name__}()])"
+        raise RuntimeError(_missing("transformers", "trainer.DEFAULT_CALLBACKS", route))
+    if callback not in defaults:
+        defaults.append(callback)
+
+
+def name_optimizer_in_cards(describe: Callable[[Any], str | None]) -> None:
+    """Let the model card that Trainer writes say `describe(optimizer)` of the optimizer, where that is a text.
+
+    By itself it names `TrainingArguments.optim` whatever runs, with `adam_beta1` and `adam_beta2`. It stays so where this
+    transformers has no such function; may be called again.
+    """
+    from transformers import modelcard
+
+    name = "extract_hyperparameters_from_trainer"
+    own: Any = getattr(modelcard, name, None)
+    if own is None or hasattr(own, "__wrapped__"):
+        return
+
+    @functools.wraps(own)
+    def extract(trainer: Trainer) -> dict[str, Any]:
+        found: dict[str, Any] = own(trainer)
+        text = describe(trainer.optimizer)
+        return found if text is None else {**found, "optimizer": text}
+
+    setattr(modelcard, name, extract)
 
 
 def trainer_decay_names(model: torch.nn.Module) -> set[str]:

@@ -11,7 +11,8 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
-from agr_hf.integrations import register
+from agr_hf.errors import UserError
+from agr_hf.integrations import private, register
 
 
 class _Registration:
@@ -22,8 +23,15 @@ class _Registration:
 
 
 def _register_again() -> _Registration:
-    register()
+    _prepare()
     return _Registration()
+
+
+def _prepare() -> None:
+    from agr_hf.integrations.callbacks import AutomaticRecord
+
+    register()
+    private.add_default_callback(AutomaticRecord)
 
 
 def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> None:
@@ -31,7 +39,8 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
 
     It is `__main__`, with its own arguments and its folder first on `sys.path` (the current one for a module). Exceptions
     and `SystemExit` come out as they are. Processes that it starts by `multiprocessing` know the names too, whatever the
-    start method; those that it starts as new programs do not.
+    start method; those that it starts as new programs do not. Every Trainer leaves the record of its run in its output
+    folder (`agr_hf.integrations.callbacks.RecordRun`).
 
     Args:
         target: path of a script, or with `as_module` the name of a module or package.
@@ -47,7 +56,7 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
         sys.path[0] = folder
     if as_module and not _exists(target):
         sys.exit(f"agr-hf: there is no module {target!r} in this environment or in {folder}")
-    register()
+    _prepare()
     # What a process was configured with is sent to those that it spawns, and unpickled there before their function.
     current_process()._config["agr_hf"] = _Registration()  # type: ignore[attr-defined]
     sys.argv = [target, *arguments]
@@ -55,6 +64,40 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(target, run_name="__main__")
+
+
+def run_own_script(
+    script: str | os.PathLike[str], arguments: Sequence[str], checkpoint: Path, output_dir: Path
+) -> None:
+    """`run` a script whose first `Trainer.train()` goes on from a checkpoint, as `agr_hf.integrations.trainer.train` does.
+
+    The script need not know of it: whatever folder it names, that Trainer writes into `output_dir`.
+
+    Raises:
+        UserError: there is no such script, or it did not call `Trainer.train()`.
+    """
+    from transformers import Trainer
+
+    from agr_hf.integrations.trainer import train
+
+    if not Path(script).is_file():
+        raise UserError(f"there is no script {str(script)!r}; pass the path of your copy as --script")
+    own_train, resumed = Trainer.train, False
+
+    def train_on(trainer: Trainer, *ignored: Any, **options: Any) -> Any:
+        nonlocal resumed
+        resumed = True
+        Trainer.train = own_train  # type: ignore[method-assign]
+        trainer.args.output_dir = str(output_dir)
+        return train(trainer, str(checkpoint))
+
+    Trainer.train = train_on  # type: ignore[method-assign, assignment]
+    try:
+        run(str(script), arguments)
+    finally:
+        Trainer.train = own_train  # type: ignore[method-assign]
+    if not resumed:
+        raise UserError(f"{script} ended without a call of Trainer.train(), so nothing was resumed from {checkpoint}")
 
 
 def _exists(module: str) -> bool:

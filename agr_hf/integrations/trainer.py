@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.optimizer_states import loads_older_state
 from agr_hf.integrations.random_states import kept_random_states
+from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
 from agr_hf.optim.shards import is_dtensor
@@ -44,9 +45,30 @@ def register() -> None:
     Trainer's clipping moves into the step of the package's optimizers, where that is the same.
     """
     private.move_trainer_clipping(clip_in_step)
+    private.name_optimizer_in_cards(describe_optimizer)
     for info in OPTIMIZERS.values():
         if info.name not in TRAINERS_OWN:
             private.add_trainer_optimizer(info.name, _handler(info))
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer | None) -> str | None:
+    """An optimizer of the package as its class would be called, for a model card; None for others."""
+    optimizer = None if optimizer is None else unwrapped(optimizer)
+    info = next((info for info in OPTIMIZERS.values() if info.ours and info.cls is type(optimizer)), None)
+    if optimizer is None or info is None:
+        return None
+    # Of several groups the first decays; what is None there is an option that was not used.
+    group = optimizer.param_groups[0]
+    values = {"lr": group.get("initial_lr", group["lr"])}
+    values |= {key: group[key] for key in inspect.signature(info.cls).parameters if key in group and key not in values}
+    shown = [
+        f"{key}={_plain(value)}" for key, value in values.items() if key not in ("params", "agr") and value is not None
+    ]
+    return f"{info.name}: {info.title}, {info.cls.__name__}({', '.join(shown)})"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Optimizer], dict[str, Any]]]:
@@ -54,6 +76,7 @@ def _handler(info: OptimizerInfo) -> Callable[[Any], tuple[type[torch.optim.Opti
         """What Trainer asks for: an optimizer class and its arguments, groups under "params"."""
         check_launch(context.args)
         options = parse_optim_args(info, context.args.optim_args)
+        _say_l2(info, context.args.weight_decay, options)
         arguments = optimizer_arguments(info, context.args, options)
         sets_agr_flags = context.model is not None and _regularizes(info, arguments)
         return (_with_agr_flags(info.cls, context.model) if sets_agr_flags else info.cls), arguments
@@ -71,6 +94,16 @@ def _with_agr_flags(cls: type[torch.optim.Optimizer], model: torch.nn.Module) ->
             return optimizer
 
     return Grouped
+
+
+def _say_l2(info: OptimizerInfo, weight_decay: float, options: Mapping[str, Any]) -> None:
+    """Trainer's `weight_decay` is AdamW's for most users; AdaL's is another thing."""
+    if info.name == "adal" and weight_decay and not options.get("decoupled"):
+        logger.warning(
+            "weight_decay=%g is L2 in AdaL, as its paper has it: part of the gradient before it is scaled; with "
+            "optim_args='decoupled=true' weights decay as in AdamW",
+            weight_decay,
+        )
 
 
 def _regularizes(info: OptimizerInfo, arguments: dict[str, Any]) -> bool:
@@ -97,7 +130,7 @@ def trainer_optimizer(
 
     Clipping moves into its step as with `agr_hf.register`, and stays with Trainer where this transformers has no place for
     it. Learning rate, betas, epsilon and weight decay come from `args`, as for `--optim`; `options` win over them. The model
-    card that Trainer writes names `args.optim` whatever runs: after `agr_hf.register()`, `optim=name` is named right.
+    card that Trainer writes names the optimizer with these.
 
     Args:
         name: one of `agr_hf.list_optimizers()`.
@@ -111,12 +144,14 @@ def trainer_optimizer(
         >>> Trainer(model, args, optimizer_cls_and_kwargs=trainer_optimizer("agr_adamw", args, agr_steps=1000), ...)
     """
     private.move_trainer_clipping(clip_in_step)
+    private.name_optimizer_in_cards(describe_optimizer)
     check_launch(args)
     info = optimizer_info(name)
     unknown = set(options) - set(inspect.signature(info.cls).parameters)
     if unknown:
         raise UserError(_unknown(info, sorted(unknown)))
     weight_decay = options.pop("weight_decay", args.weight_decay)
+    _say_l2(info, weight_decay, options)
     return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
 
 
@@ -291,7 +326,7 @@ def optimizer_arguments(info: OptimizerInfo, args: TrainingArguments, options: d
         given = (args.adam_beta1, args.adam_beta2)
         if len(default) == len(given):
             arguments["betas"] = given
-        elif given != (0.9, 0.999):
+        elif given != (0.9, 0.999) and "betas" not in options:
             logger.warning(
                 "%s has %d betas: adam_beta1=%g and adam_beta2=%g are not used, its own %s are; set them with "
                 "optim_args='beta1=...,beta2=...,beta3=...'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from agr_hf.optim.adan import Adan, AGRAdan
 from agr_hf.optim.agr_adam import AGRAdam, AGRAdamW
 from agr_hf.optim.nosadam import NosAdam
 from agr_hf.optim.param_groups import agr_param_groups
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ def create_optimizer(
     Args:
         name: one of `list_optimizers()`.
         model_or_params: a model, whose parameters are then grouped by `agr_param_groups` with the given `weight_decay`
-            (the optimizer's default where none is given); or parameters or groups, taken as they are.
+            (the optimizer's default where none is given, 0.01 for "agr_adamw": pass 0 in the place of an Adam without
+            decay); or parameters or groups, taken as they are.
         **kwargs: arguments of the optimizer; they win over those that the name stands for.
 
     Raises:
@@ -134,7 +138,10 @@ def create_optimizer(
     arguments = {**info.defaults, **kwargs}
     params: Any = model_or_params
     if isinstance(model_or_params, nn.Module):
-        arguments.setdefault("weight_decay", accepted["weight_decay"].default)
+        default = accepted["weight_decay"].default
+        if default and "weight_decay" not in arguments:
+            logger.info("%s decays weights by its default, %g; weight_decay=0 is none", name, default)
+        arguments.setdefault("weight_decay", default)
         params = agr_param_groups(model_or_params, weight_decay=arguments["weight_decay"])
         for group in params:
             if "agr" not in accepted:

@@ -31,8 +31,17 @@ if TYPE_CHECKING:
 Scalar = bool | int | float | str
 Argument = Scalar | list[Scalar]
 DEEPEST = 16
-# Arguments that say where a run goes and not what it is: they are not in its record. Tokens are among them.
-NOT_RECORDED = re.compile(r"output_dir|logging_dir|run_name|report_to|trackio_.*|resume_from_checkpoint|push_.*|hub_.*")
+NOTEBOOK = "notebook"  # in the place of a script's name
+NO_RECORD = (
+    "has no results.json: add RecordRun to your Trainer, or train with one of agr_hf's scripts; a run that did not finish "
+    "is started again with --resume_from_checkpoint latest"
+)
+# Arguments that say where a run goes and not what it is, or that hold a secret: they are not in its record.
+NOT_RECORDED = re.compile(
+    r"output_dir|logging_dir|run_name|report_to|trackio_.*|resume_from_checkpoint|push_.*|hub_.*"
+    r"|(.*[_.])?(token|secret|password|passwd|credentials?|(api|access|secret|private)_?key)([_.].*)?",
+    re.IGNORECASE,
+)
 
 
 class Dataset(TypedDict, total=False):
@@ -62,6 +71,8 @@ class Config(TypedDict, total=False):
 
     learning_rate: Number | None
     hidden_size: int | None
+    metric_for_best_model: str | None
+    model_class: str | None
     model_name: str | None
     base_model: str | None
     unet: str | None
@@ -87,9 +98,12 @@ class RunRecord:
     """One run. A field of another type than declared here, or a number that is not finite, is refused.
 
     Attributes:
-        script: name of the script's file.
-        arguments: what its command line gave, by name; see `agr_hf.tasks.recipes.given_arguments`.
-        task: "image-classification", "albert", "ddpm", "functions" or "demo".
+        script: name of the script's file; "-m MODULE" for a module, "notebook" where there is no file.
+        own_script: whether the script is a user's and not one of the package; see `agr_hf.tasks.own_run`.
+        arguments: what its command line gave, by name; see `agr_hf.tasks.recipes.given_arguments`. Words before the first
+            name stand under "".
+        task: "image-classification", "albert", "ddpm", "functions" or "demo"; of a user's script the Hub's name for what
+            the model does, or "other".
         optimizer: its name in `list_optimizers()`, or one of Trainer's own.
         seed: of the run.
         processes: that trained together.
@@ -108,6 +122,7 @@ class RunRecord:
     """
 
     script: str
+    own_script: bool = False
     arguments: dict[str, Argument]
     task: str
     optimizer: str
@@ -138,8 +153,17 @@ class RunRecord:
 
     @property
     def command(self) -> str:
-        """A shell command that repeats the run."""
+        """A shell command that repeats the run; empty for a notebook."""
         processes = self.processes or 1
+        if self.own_script and self.script == NOTEBOOK:
+            return ""
+        if self.own_script:
+            option, _, module = self.script.partition(" ")
+            target = ["-m", module] if option == "-m" else [self.script]
+            launcher = ["agr-hf"] if processes == 1 else [
+                "torchrun", "--nproc_per_node", str(processes), "-m", "agr_hf"
+            ]  # fmt: skip
+            return shlex.join([*launcher, "run", *target, *argument_words(self.arguments)])
         launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
         output = ["--output_dir", f"runs/{Path(self.script).stem}"]
         return shlex.join([*launcher, f"training_scripts/{self.script}", *argument_words(self.arguments), *output])
@@ -212,6 +236,8 @@ def read_record(source: str | os.PathLike[str] | bytes) -> RunRecord:
         try:
             content = path.read_bytes()
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and Path(source).is_dir():
+                raise UserError(f"{source} {NO_RECORD}") from None
             raise UserError(f"{name} cannot be read: {error.strerror}") from None
     try:
         found = json.loads(content.decode("utf-8"))
@@ -239,15 +265,31 @@ def read_record(source: str | os.PathLike[str] | bytes) -> RunRecord:
         raise UserError(f"{name} is not of a run of agr_hf's scripts: {find_reason(error)}") from None
 
 
+def read_records(folder: str | os.PathLike[str]) -> list[RunRecord]:
+    """The records of a demo, whose `results.json` holds several under "runs"; of another folder the only one."""
+    path = Path(folder) / "results.json"
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        runs = None
+    return [read_record(json.dumps(run).encode()) for run in runs] if isinstance(runs, list) else [read_record(folder)]
+
+
 def argument_words(arguments: Mapping[str, Argument]) -> list[str]:
-    """Arguments as the words of a command line: `--name value`, `--name a b` for a list, true and false in letters."""
+    """Arguments as the words of a command line: `--name value`, `--name a b` for a list, true and false in letters.
+
+    An empty list is a flag, a name that begins with a dash is written as it is, and values under "" have no name.
+    """
     words = []
     for name, value in arguments.items():
         values = list(map(_word, value if isinstance(value, list) else [value]))
-        if values and values[0].startswith("-"):
-            words += [f"--{name}={values[0]}", *values[1:]]
+        option = name if name.startswith("-") else f"--{name}"
+        if not name:
+            words += values
+        elif values and values[0].startswith("-"):
+            words += [f"{option}={values[0]}", *values[1:]]
         else:
-            words += [f"--{name}", *values]
+            words += [option, *values]
     return words
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agr_hf.errors import UserError
+from agr_hf.errors import UserError, describe_missing
 from agr_hf.integrations.checkpoints import latest_checkpoint
 from agr_hf.optim.flags import agr_flags
 from agr_hf.optim.flattened import layer_groups
@@ -24,7 +25,7 @@ EMBEDDED = ("digits", "pydoc-topics")
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Run a script's `main`: an error for the user is said in a sentence, all others keep their traceback.
+    """Run a script's `main`: an error for the user and a missing extra are said in a sentence, others keep their traceback.
 
     The first process logs what happens, the others only warnings. Processes of a launcher destroy their process group at
     the end, as NCCL asks for.
@@ -38,6 +39,11 @@ def run_main(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         raise SystemExit(f"{Path(main.__code__.co_filename).name}: {error}") from None
+    except ModuleNotFoundError as error:
+        missing = describe_missing(error)
+        if missing is None:
+            raise
+        raise SystemExit(f"{Path(main.__code__.co_filename).name}: {missing}") from None
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -140,13 +146,13 @@ def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         if "agr" in group:
             values["agr"] = f"{sum(agr_flags(group))} of {len(group['params'])} tensors"
         values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in values.items()}
-        counts = {"tensors": len(group["params"]), "parameters": sum(map(_numel, group["params"]))}
+        counts = {"tensors": len(group["params"]), "parameters": sum(map(count_elements, group["params"]))}
         found.append({**values, **counts})
     return found
 
 
-def _numel(param: torch.Tensor) -> int:
-    """Of the whole parameter: under ZeRO stage 3 it is empty itself."""
+def count_elements(param: torch.Tensor) -> int:
+    """The elements of the whole parameter: under ZeRO stage 3 it is empty itself."""
     return getattr(param, "ds_numel", param.numel())
 
 
@@ -193,13 +199,19 @@ def summarize_gradients(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def evaluation_metrics(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What `Trainer.evaluate` found, without the prefix and without how long it took."""
     found = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
-    return {key: value for key, value in found.items() if key != "runtime" and not key.endswith("_per_second")}
+    return without_timings(found)
+
+
+def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of an evaluation without how long it took."""
+    timings = re.compile(r"(.*_)?runtime|.*_per_second|(.*_)?model_preparation_time")
+    return {key: value for key, value in metrics.items() if not timings.fullmatch(key)}
 
 
 def summarize_epochs(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Trainer's log as one mapping for each epoch: the mean training loss since the last, and what evaluation found.
 
-    A second evaluation at the same step is left out.
+    Of a second evaluation at the same step only the metrics are taken that the first has not: those of another data set.
     """
     epochs: list[dict[str, Any]] = []
     losses: list[tuple[float, int]] = []  # and of how many steps each is the mean
@@ -208,7 +220,11 @@ def summarize_epochs(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str,
         if "loss" in entry:
             losses.append((entry["loss"], entry["step"] - last))
             last = entry["step"]
-        if any(key.startswith("eval_") for key in entry) and not (epochs and epochs[-1]["step"] == entry["step"]):
+        if not any(key.startswith("eval_") for key in entry):
+            continue
+        if epochs and epochs[-1]["step"] == entry["step"]:
+            epochs[-1] = {**epochs[-1], **{k: v for k, v in evaluation_metrics(entry).items() if k not in epochs[-1]}}
+        else:
             steps = sum(steps for _, steps in losses)
             loss = sum(loss * steps for loss, steps in losses) / steps if steps else None
             epochs.append(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerCallbac
 from agr_hf.errors import UserError
 from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations import register
-from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR, TrainingTime
+from agr_hf.integrations.callbacks import AutomaticRecord, GradientStatistics, SuspendAGR, TrainingTime
 from agr_hf.integrations.epochs import EpochData, EpochOf
 from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, save_model, train, trainer_optimizer
@@ -150,7 +150,7 @@ class TrainerRun:
             model, self.args, train_dataset=train_data, eval_dataset=eval_data, compute_metrics=compute_metrics,  # type: ignore[arg-type]
             callbacks=[*own, *callbacks, self._clock], **self._optimizer(model, len(train_data)), **options,
         )  # fmt: skip
-        for callback in without:
+        for callback in (*without, AutomaticRecord):  # this run writes its own record
             self.trainer.remove_callback(callback)
         if self.options.gradient_statistics_every:
             GradientStatistics(every=self.options.gradient_statistics_every).attach(self.trainer)

@@ -162,8 +162,8 @@ def describe_released(_: str) -> str:
     after, inside = (found["ways"][way] for way in ("after the backward pass", "inside of it"))
     return (
         f"BERT-base ({after['parameters'] / 1e6:.0f} million float32 parameters), one text of {found['tokens']} tokens, "
-        f"{found['device']}: {inside['peak_mib']:,.0f} MiB at most instead of {after['peak_mib']:,.0f}. The largest gradient, "
-        f"of the embedding, stays. Measured by `python benchmarks/in_backward.py`; GPUs: not measured."
+        f"{found['device']}: {inside['peak_mib']:,.0f} MiB at most instead of {after['peak_mib']:,.0f}. The largest "
+        f"gradient, of the embedding, stays. Measured by `python benchmarks/in_backward.py`; GPUs: not measured."
     )
 
 

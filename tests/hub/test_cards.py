@@ -128,11 +128,15 @@ def test_the_body_says_what_the_run_was(run):
     assert "Not measured in this run" in model_card(run, "tester/run")
 
 
+@pytest.mark.parametrize("own_script", [False, True])
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_names_stay_text(text, run):
+def test_hostile_names_stay_text(text, own_script, run):
+    run.own_script, run.task = own_script, text if own_script else run.task
     run.optimizer = run.device = run.commit = text
     run.dataset = {"name": text, "hub_id": text, "revision": text, "files": [text], "examples": 3}
     run.config = {"model_name": text, "model_name_or_path": text, "learning_rate": 1e-3}
+    if own_script:
+        run.config |= {"model_class": text, "base_model": text, "library": text, "metric_for_best_model": text}
     run.versions = {text: text}
     run.metrics = {"accuracy": 0.5, text: text, "loss": None}
     run.gradients["layers"] = {text: {"effect": 0.1, "largest_share": 0.2}}

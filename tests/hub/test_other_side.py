@@ -408,4 +408,4 @@ def test_the_command_line(hub, logged_in, tmp_path, capsys):
     assert code == 1
     assert error.startswith("agr-hf: lab/absent was not downloaded: ")
     _, _, error = agr_hf("push", tmp_path, "--repo-id", "lab/run")
-    assert error.startswith(f"agr-hf: {tmp_path}/results.json cannot be read")
+    assert error.startswith(f"agr-hf: {tmp_path} has no results.json: add RecordRun to your Trainer")

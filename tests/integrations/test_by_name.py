@@ -89,7 +89,34 @@ def test_adan_takes_its_own_three_betas_and_says_when_adams_are_given(tmp_path, 
     assert optimizer.param_groups[0]["betas"] == (0.98, 0.92, 0.99)
     assert "adam_beta1=0.8 and adam_beta2=0.999 are not used" in caplog.text
     args = arguments(tmp_path, optim="agr_adan", optim_args="beta1=0.9,beta2=0.8,beta3=0.7")
+    caplog.clear()
     assert trainer_of(small_model(), args).create_optimizer().param_groups[0]["betas"] == (0.9, 0.8, 0.7)
+    assert "are not used" not in caplog.text
+
+
+@pytest.mark.parametrize("way", ["by name", "public"])
+@pytest.mark.parametrize(
+    ("name", "decay", "options", "said"),
+    [("adal", 0.05, {}, True), ("adal", 0.0, {}, False), ("adal", 0.05, {"decoupled": True}, False),
+     ("agr_adamw", 0.05, {}, False)],
+)  # fmt: skip
+def test_that_adals_decay_is_l2_is_said(way, name, decay, options, said, tmp_path, caplog):
+    text = ",".join(f"{key}={value}".lower() for key, value in options.items())
+    args = arguments(tmp_path, optim=name, weight_decay=decay, optim_args=text)
+    found = {} if way == "by name" else {"optimizer_cls_and_kwargs": trainer_optimizer(name, args, **options)}
+    trainer_of(small_model(), args, **found).create_optimizer()
+    assert ("is L2 in AdaL" in caplog.text) is said
+
+
+def test_a_default_decay_is_said(caplog):
+    with caplog.at_level("INFO"):
+        agr_hf.create_optimizer("agr_adamw", small_model(), lr=1e-3)
+    assert "agr_adamw decays weights by its default, 0.01" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        agr_hf.create_optimizer("agr_adamw", small_model(), lr=1e-3, weight_decay=0.0)
+        agr_hf.create_optimizer("adal", small_model(), lr=1e-3)
+    assert "decays weights" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -231,6 +258,13 @@ class TestTimm:
         for name in ("agr_adamw", "agr_adam", "agr_adan"):
             made = create_optimizer_v2(model, prefix + name, lr=0.1)
             assert isinstance(getattr(made, "_base_optimizer", made), optimizer_info(name).cls)
+
+    @pytest.mark.parametrize("name", ["agradamw", "agr_adamw", "lookahead_agr_adamw"])
+    def test_an_unknown_option_gets_a_sentence_with_those_there_are(self, name):
+        from timm.optim import create_optimizer_v2
+
+        with pytest.raises(TypeError, match="AGRAdamW has no option agr_step; it has .*agr_steps"):
+            create_optimizer_v2(nn.Linear(2, 2), name, lr=0.1, agr_step=3)
 
     def test_timms_own_optimizers_are_left_alone(self):
         from timm.optim import create_optimizer_v2

@@ -257,6 +257,17 @@ def test_statistics_reach_log_history_and_every_tracker(tmp_path):
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
+def test_after_suspension_the_counter_of_measurements_does_not_stand_alone(tmp_path):
+    args = arguments(tmp_path, optim="agr_adamw", max_steps=8, logging_steps=1)
+    trainer = trainer_of(small_model(), args, callbacks=[SuspendAGR(at_epoch=0.5)])
+    GradientStatistics(every=1).attach(trainer)
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert entries[4]["agr_suspended"]
+    for entry in entries[5:]:
+        assert ("gradients/overall/measurements" in entry) == ("gradients/overall/effect" in entry)
+
+
 def test_measurements_between_two_entries_are_logged_as_their_mean(tmp_path):
     def overall(logging_steps):
         trainer = trainer_of(small_model(), arguments(tmp_path, optim="agr_adamw", logging_steps=logging_steps))

@@ -1,5 +1,6 @@
 """What a run writes down, into which folder, and how it ends where it cannot run."""
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,3 +98,21 @@ def test_groups_that_deepspeed_has_flattened_are_described_by_their_layers(left,
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(8))] * left
     assert optimizer_groups(SimpleNamespace(optimizer=optimizer)) == expected  # as DeepSpeed wraps it
     assert agr_gradients(model, SimpleNamespace(optimizer=optimizer)) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "package"),
+    [("accelerate_loop.py", "sklearn", "scikit-learn"), ("minimize_functions.py", "optuna", "optuna"),
+     ("train_ddpm.py", "diffusers", "diffusers")],
+)  # fmt: skip
+def test_a_script_without_its_extra_says_so_in_a_sentence(script, module, package, tmp_path):
+    block = (
+        f"import runpy, sys; sys.modules[{module!r}] = None; del sys.argv[0]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    path = Path(__file__).parents[2] / "training_scripts" / script
+    command = [sys.executable, "-c", block, str(path), "--output_dir", str(tmp_path / "x")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr
+    assert f"{script}: {package} is not installed; install it with pip install {package}" in found.stderr
