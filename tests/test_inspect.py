@@ -22,7 +22,7 @@ from transformers import (
 from agr_hf import agr
 from agr_hf.cli import main
 from agr_hf.experiments import inspect as inspect_module
-from agr_hf.experiments.inspect import Layer, loss_of, measure, random_batches, verdict
+from agr_hf.experiments.inspect import Layer, compute_loss, measure, random_batches, verdict
 from agr_hf.tasks.classifiers import classifier
 from agr_hf.tasks.digits import digits_model, load_digits
 
@@ -182,7 +182,7 @@ def test_our_own_networks_for_small_images_are_known(tmp_path, capsys):
 def test_padding_is_no_label():
     model = BertForMaskedLM(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
     ids, mask = torch.randint(20, (2, 6)), torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
-    found = loss_of(model, {"input_ids": ids, "attention_mask": mask})
+    found = compute_loss(model, {"input_ids": ids, "attention_mask": mask})
     wanted = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     assert found == wanted != model(input_ids=ids, attention_mask=mask, labels=ids).loss
 

@@ -22,8 +22,8 @@ from agr_hf.integrations.accelerate import (
     Progress,
     batches_of_epoch,
     clip_grad_norm_,
-    ema_of,
     load_checkpoint,
+    make_ema,
     save_checkpoint,
 )
 from agr_hf.integrations.launch import check_launch
@@ -80,7 +80,7 @@ def main(argv=None):
     set_seed(args.seed)
     data = load_digits()
     model = digits_model()
-    ema = ema_of(model, args.ema_decay).to(accelerator.device)
+    ema = make_ema(model, args.ema_decay).to(accelerator.device)
     options = {} if args.agr_steps is None else {"agr_steps": args.agr_steps}
     loader = DataLoader(data["train"], args.per_device_train_batch_size, shuffle=True, drop_last=True)
     loader = accelerator.prepare(loader)

@@ -115,7 +115,7 @@ def main(argv=None):
         arguments=given,
         task="functions",
         optimizer=", ".join(args.optim),
-        metrics=metrics_of(found) if len(args.optim) == 1 else {},
+        metrics=compute_metrics(found) if len(args.optim) == 1 else {},
         config=vars(args),
         epochs=[],
         details=found,
@@ -128,7 +128,7 @@ def main(argv=None):
     print("\n".join(lines))
 
 
-def metrics_of(found):
+def compute_metrics(found):
     """Distances at the end of one optimizer's ways: of each function, and their geometric mean."""
     distances = [row["distance"] for row in found]
     return {"distance": math.prod(distances) ** (1 / len(distances)),

@@ -173,7 +173,7 @@ def main(argv=None):
     scheduler = diffusion.ddpm_scheduler()
     model = diffusion.make_unet(args.unet, images.shape[-1], images.shape[1])
     sampled = copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
-    # diffusers' EMAModel and not `ema_of`: its decay rises from 0.1 as (1 + n) / (10 + n), so that a short run does not
+    # diffusers' EMAModel and not `make_ema`: its decay rises from 0.1 as (1 + n) / (10 + n), so that a short run does not
     # sample from its initial weights, and after 90,000 steps it is the constant of Ho et al.
     ema = EMAModel(model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
     options = {name: getattr(args, name) for name in ("weight_decay", "agr_steps") if getattr(args, name) is not None}

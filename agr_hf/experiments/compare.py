@@ -93,7 +93,7 @@ class Comparison:
             found |= {"search": [asdict(of) for of in self.ranges], "trials": self.trials}
         return found
 
-    def trials_of(self, storage: Any, worker: Worker, cell: Cell | None = None) -> Trials:
+    def open_trials(self, storage: Any, worker: Worker, cell: Cell | None = None) -> Trials:
         """The queue of runs; of a cell, its search."""
         digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
         study = "runs" if cell is None else f"search, {cell.name}"
@@ -182,10 +182,10 @@ def compare(
     worker, pool = Worker(output), _Pool(comparison, output, workers, _Progress(workers, say))
     try:
         tuned = _search(comparison, output, database, worker, pool)
-        queue = comparison.trials_of(database, worker)
+        queue = comparison.open_trials(database, worker)
         # A seed after the other: a comparison that is looked at early has pairs.
         queue.add({
-            f"{cell.name}/seed-{seed}": {"optim": cell.optim, "arguments": words_of(cell, tuned.get(cell.name, {}), seed)}
+            f"{cell.name}/seed-{seed}": {"optim": cell.optim, "arguments": make_words(cell, tuned.get(cell.name, {}), seed)}
             for seed, cell in product(range(comparison.seeds), comparison.cells)
         })  # fmt: skip
         pool.work(queue, output / "runs")
@@ -205,7 +205,7 @@ def _search(
     """The best arguments for each cell, by as many trials for each; nothing where there is no search."""
     searches = {}
     for cell in comparison.cells if comparison.ranges else ():
-        searches[cell.name] = comparison.trials_of(database, worker, cell)
+        searches[cell.name] = comparison.open_trials(database, worker, cell)
         searches[cell.name].add_grid()
         pool.work(searches[cell.name], output / "tuning" / cell.name, cell)
     if pool.failed:
@@ -213,7 +213,7 @@ def _search(
     return {name: search.best() for name, search in searches.items()}
 
 
-def words_of(cell: Cell, searched: Mapping[str, float], seed: int) -> list[str]:
+def make_words(cell: Cell, searched: Mapping[str, float], seed: int) -> list[str]:
     """Arguments of the script that are compare's own."""
     tuned = [word for key, value in searched.items() for word in (f"--{key}", repr(value))]
     return [*cell.arguments, *tuned, "--seed", str(seed)]
@@ -261,7 +261,7 @@ class _Pool:
     def _start(self, taken: Taken, folder: Path, cell: Cell | None) -> tuple[BaseProcess, ScriptRun]:
         known = taken.trial.user_attrs
         optim, words = (known["optim"], known["arguments"]) if cell is None else (
-            cell.optim, words_of(cell, taken.searched, TUNING_SEED)
+            cell.optim, make_words(cell, taken.searched, TUNING_SEED)
         )  # fmt: skip
         words = [*words, *self._comparison.arguments, "--output_dir", str(folder / taken.run)]
         if self._comparison.task in RESUMABLE:

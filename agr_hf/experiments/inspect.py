@@ -212,7 +212,7 @@ def _text_batch(model: nn.Module, texts: list[str], name: str) -> Batch:
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def loss_of(model: Any, batch: Batch) -> Tensor:
+def compute_loss(model: Any, batch: Batch) -> Tensor:
     """The model's own loss; without one, cross-entropy of logits, or of tokens against themselves."""
     labels = batch.get("labels")
     if "x" in batch:
@@ -257,7 +257,7 @@ def measure(model: nn.Module, batches: Iterator[Batch], tick: Callable[[], objec
     model.train()
     for batch in batches:
         model.zero_grad()
-        loss_of(model, batch).backward()
+        compute_loss(model, batch).backward()
         count += 1
         grads = [(name, param.grad) for name, param in named.items() if param.grad is not None]
         for name, summary in gradient_statistics(grads).items():
@@ -295,7 +295,7 @@ def take_steps(model: nn.Module, batches: Iterator[Batch]) -> int:
     steps = 0
     for batch in batches:
         optimizer.zero_grad()
-        loss_of(model, batch).backward()
+        compute_loss(model, batch).backward()
         optimizer.step()
         steps += 1
     return steps

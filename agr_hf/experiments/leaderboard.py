@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agr_hf.errors import UserError
-from agr_hf.hub.cards import shown_metrics, task_of
+from agr_hf.hub.cards import find_task, shown_metrics
 from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.tasks.record import RunRecord, read_record, read_records
@@ -53,7 +53,7 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunReco
             runs = sorted(path.rglob("results.json"))
             if not runs:
                 raise UserError(f"there is no results.json in {source} or below it")
-            found += [record for run in runs if (record := _record_of(run))]
+            found += [record for run in runs if (record := _read_record(run))]
         elif path.is_dir():
             found += read_records(path)
         else:
@@ -61,11 +61,11 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunReco
     return found
 
 
-def _record_of(path: Path) -> RunRecord | None:
+def _read_record(path: Path) -> RunRecord | None:
     """Of a `results.json` among others; None, and a warning, where it is of something else."""
     try:
         record = read_record(path)
-        task_of(record)
+        find_task(record)
     except ValueError as error:
         logger.warning("left out: %s", error)
         return None
@@ -139,9 +139,9 @@ def _differences(run: RunRecord, values: Mapping[str, set[str]]) -> str:
 
 
 def _row(group: list[RunRecord]) -> _Row:
-    labels = {key: label for run in group for key, label, _ in shown_metrics(task_of(run), run.metrics)}
+    labels = {key: label for run in group for key, label, _ in shown_metrics(find_task(run), run.metrics)}
     key = min(labels, key=lambda name: name == "loss", default="loss")  # the loss where there is nothing else
-    values = [value for run in group for name, _, value in shown_metrics(task_of(run), run.metrics) if name == key]
+    values = [value for run in group for name, _, value in shown_metrics(find_task(run), run.metrics) if name == key]
     return _Row(group, key, labels.get(key, "–"), values)
 
 

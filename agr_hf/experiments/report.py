@@ -55,7 +55,7 @@ def draw_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ends = [row["difference"] if row[end] is None else row[end] for end in ("low", "high")]
         axes.plot([end / row["margin"] for end in ends], [place, place], color="tab:blue", marker="|")
         axes.plot(row["difference"] / row["margin"], place, "o", color="tab:blue")
-    names = [f"{label(row)} less {label(baseline_of(row))}, {words(row['metric'])}" for row in reversed(rows)]
+    names = [f"{label(row)} less {label(find_baseline(row))}, {words(row['metric'])}" for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("worse  ←  difference, in margins  →  better")
@@ -106,8 +106,8 @@ def markdown_report(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for row in found["comparisons"]:
         own, other = (f"{statistics.mean(row[key]):.4g}{row['unit']}" for key in ("values", "baseline_values"))
-        cells = [label(row), label(baseline_of(row)), row["metric"], str(row["n"]), own, other, f"{row['difference']:+.3g}",
-                 interval_words(row), row["verdict"]]  # fmt: skip
+        cells = [label(row), label(find_baseline(row)), row["metric"], str(row["n"]), own, other,
+                 f"{row['difference']:+.3g}", interval_words(row), row["verdict"]]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     if found["diverged"]:
         lines += ["", f"Not finite at the end, and in no pair: {'; '.join(found['diverged'])}."]
@@ -115,14 +115,14 @@ def markdown_report(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def baseline_of(row: Mapping[str, Any]) -> dict[str, Any]:
+def find_baseline(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"optimizer": row["baseline"], "settings": row["settings"]}
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """A verdict in words for each comparison."""
     return [
-        f"{label(row)} against {label(baseline_of(row))}, {words(row['metric'])}: {row['verdict']}. Mean difference "
+        f"{label(row)} against {label(find_baseline(row))}, {words(row['metric'])}: {row['verdict']}. Mean difference "
         f"{row['difference']:+.3g}{' points' if row['unit'] else ''}, 95% interval {interval_words(row)}, {row['n']} seeds."
         for row in found["comparisons"]
     ]
@@ -218,7 +218,7 @@ def _intervals(found: Mapping[str, Any]) -> list[dict[str, str]]:
             sign = -1 if row["lower_is_better"] else 1
             single = [sign * (a - b) for a, b in zip(row["values"], row["baseline_values"], strict=True)]
             low, high = (math.nan if row[end] is None else row[end] for end in ("low", "high"))
-            name = f"{label(row)} less {label(baseline_of(row))}"
+            name = f"{label(row)} less {label(find_baseline(row))}"
             drawn.append(Interval(name, row["difference"], low, high, single))
         title = (
             f"{words(metric)}{', points' if rows[0]['unit'] else ''}: dot and bar are the mean and its 95% interval, "

@@ -138,7 +138,7 @@ def model_card(
     """
     from jinja2 import Environment, StrictUndefined
 
-    task = task_of(run)
+    task = find_task(run)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # text is escaped by the filters
     environment.filters.update(md=_markdown, code=_code, number=_number)
     template = importlib.resources.files("agr_hf.model_cards").joinpath("card.md.jinja").read_text(encoding="utf-8")
@@ -183,7 +183,7 @@ def model_card(
     )
 
 
-def task_of(run: RunRecord) -> Task:
+def find_task(run: RunRecord) -> Task:
     """The workload of a run; UserError where cards do not know it."""
     if run.own_script:
         return _own_task(run)
@@ -239,7 +239,7 @@ def metadata(run: RunRecord, repo_id: str) -> str:
     """The YAML header, as the Hub understands it: valid whatever the names in it are."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task, dataset = task_of(run), run.dataset
+    task, dataset = find_task(run), run.dataset
     hub_id = dataset.get("hub_id")
     hub_id = hub_id if hub_id and HUB_ID.fullmatch(hub_id) else None
     name = one_line(dataset.get("name") or "unknown")
@@ -282,7 +282,7 @@ def evaluation_file(run: RunRecord) -> str | None:
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
-    task, dataset = task_of(run), run.dataset
+    task, dataset = find_task(run), run.dataset
     shown = [entry for entry in shown_metrics(task, run.metrics) if entry[0] in task.metrics and entry[0] != "loss"]
     hub_id = dataset.get("hub_id")
     if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown or not dataset.get("complete"):
@@ -309,7 +309,7 @@ def draw_curves(run: RunRecord, path: Any) -> bool:
     epochs = run.epochs
     if len(epochs) < 2:
         return False
-    task = task_of(run)
+    task = find_task(run)
     losses = {"train_loss": "Training loss", "loss": task.metrics["loss"]}
     panels = [list(losses.items())]
     panels += [[(key, label)] for key, label in task.metrics.items() if key not in losses][:MOST_PANELS]

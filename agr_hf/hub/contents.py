@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agr_hf.errors import UserError
-from agr_hf.integrations.checkpoints import file_fault, shards_of
+from agr_hf.integrations.checkpoints import file_fault, read_shards
 from agr_hf.tasks.record import NO_RECORD
 from agr_hf.texts import public, secret_in, without_secrets
 
@@ -89,20 +89,20 @@ def run_files(run_dir: str | os.PathLike[str], *, needs_model: bool = True) -> d
             f"{run_dir} has no model: one of {', '.join(WEIGHTS)} is needed beside results.json; trainer.save_model() at "
             "the end of a script writes it"
         )
-    fault = _fault_of(files)
+    fault = _find_fault(files)
     if fault:
         raise UserError(f"{run_dir}: {fault}; nothing was pushed: train it again with --resume_from_checkpoint latest")
     return files
 
 
-def _fault_of(files: Mapping[str, Path]) -> str | None:
+def _find_fault(files: Mapping[str, Path]) -> str | None:
     """What keeps a model from being loaded, or None."""
     for name, path in files.items():
         fault = file_fault(path)
         if fault:
             return f"{name} {fault}"
         if name.endswith(".safetensors.index.json"):
-            missing = [shard for shard in shards_of(path) if str(PurePosixPath(name).with_name(shard)) not in files]
+            missing = [shard for shard in read_shards(path) if str(PurePosixPath(name).with_name(shard)) not in files]
             if missing:
                 return f"{name} names {missing[0]}, which is missing"
     if "model_index.json" in files and not any(re.fullmatch(r"unet/.*\.safetensors", name) for name in files):

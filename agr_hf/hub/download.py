@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from agr_hf.errors import UserError
 from agr_hf.hub.contents import is_published
-from agr_hf.hub.patience import persistently
+from agr_hf.hub.retry import retry
 from agr_hf.tasks.record import RunRecord, read_record
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def download_run(
 
     api = api or HfApi()
     failed = f"{repo_id} was not downloaded"
-    commit = str(persistently(failed, lambda _: api.repo_info(repo_id, revision=revision).sha))
-    tree = persistently(failed, lambda _: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+    commit = str(retry(failed, lambda _: api.repo_info(repo_id, revision=revision).sha))
+    tree = retry(failed, lambda _: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
     for entry in tree:
         if isinstance(entry, RepoFile) and is_published(entry.path) and wanted(entry.path):
             _check_name(repo_id, entry.path)
-            persistently(failed, partial(_download, api, repo_id, entry, commit, Path(folder)))
+            retry(failed, partial(_download, api, repo_id, entry, commit, Path(folder)))
     return commit
 
 

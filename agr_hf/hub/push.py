@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from agr_hf.errors import UserError
 from agr_hf.hub.cards import draw_curves, evaluation_file, model_card
 from agr_hf.hub.contents import REPORT, is_replaced, public_bytes, refuse_secrets, run_files
-from agr_hf.hub.patience import LOG_IN, persistently
+from agr_hf.hub.retry import LOG_IN, retry
 from agr_hf.hub.training_state import FOLDER, export_checkpoint, newest_checkpoint
 from agr_hf.tasks.record import read_record
 from agr_hf.texts import one_line, without_secrets
@@ -69,7 +69,7 @@ def push_run(
     check_place(repo_id, revision)
     revision = revision or None
     if "/" not in repo_id:
-        user = persistently(f"{repo_id} was not pushed", lambda _: api.whoami()["name"], afterwards=UNCHANGED)
+        user = retry(f"{repo_id} was not pushed", lambda _: api.whoami()["name"], afterwards=UNCHANGED)
         repo_id = f"{user}/{repo_id}"
     with tempfile.TemporaryDirectory() as temporary:
         contents = prepare(run_dir, repo_id, Path(temporary), with_training_state)
@@ -84,7 +84,7 @@ def push_run(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             return _commit(api, repo_id, contents, revision, create_pr, title, digest, repeated=number > 0)
 
-        return persistently(f"{repo_id} was not pushed", attempt, afterwards=UNCHANGED)
+        return retry(f"{repo_id} was not pushed", attempt, afterwards=UNCHANGED)
 
 
 def push_finished(run_dir: str | os.PathLike[str], repo_id: str, **options: Any) -> None:

@@ -86,7 +86,7 @@ def batches_of_epoch(accelerator: Accelerator, loader: Any, progress: Progress) 
     return rest
 
 
-def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
+def make_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the parameters, buffers copied; update it with `.update_parameters(model)`.
 
     Args:

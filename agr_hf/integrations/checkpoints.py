@@ -144,7 +144,7 @@ def checkpoint_fault(folder: str | os.PathLike[str], processes: int | None = Non
     index = folder / "model.safetensors.index.json"
     if index.exists() and "model.safetensors" not in names:
         try:
-            missing = set(shards_of(index)) - names
+            missing = set(read_shards(index)) - names
         except ValueError as error:
             return str(error)
         if missing:
@@ -173,16 +173,16 @@ def _rank_states_fault(folder: Path, processes: int | None) -> str | None:
     return next((f"rng_state_{rank}.pth is missing" for rank in needed if rank not in ranks), None)
 
 
-def shards_of(index: Path) -> list[str]:
+def read_shards(index: Path) -> list[str]:
     """The files that a `model.safetensors.index.json` names.
 
     Raises:
         ValueError: it is no such index.
     """
-    return sorted(set(weight_map_of(index).values()))
+    return sorted(set(read_weight_map(index).values()))
 
 
-def weight_map_of(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """The file of each weight, by a `model.safetensors.index.json`.
 
     Raises:

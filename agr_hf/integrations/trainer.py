@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from agr_hf.errors import UserError
 from agr_hf.integrations import private
-from agr_hf.integrations.checkpoints import resolve_checkpoint, weight_map_of
+from agr_hf.integrations.checkpoints import read_weight_map, resolve_checkpoint
 from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.optimizer_states import loads_older_state
@@ -190,12 +190,12 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
     draws = SeededDraws(args.seed)
 
     def evaluate_apart(*args: Any, **kwargs: Any) -> dict[str, float]:
-        with kept_random_states(_devices_of(trainer)):
+        with kept_random_states(_find_devices(trainer)):
             return evaluate(*args, **kwargs)
 
     def seeded_loader() -> DataLoader[Any]:
         loader, reason = get_loader(), None
-        if not draws.seed_loader(loader) and checkpoint and (_state_of(checkpoint).get("epoch") or 0) % 1:
+        if not draws.seed_loader(loader) and checkpoint and (_read_state(checkpoint).get("epoch") or 0) % 1:
             reason = "the data are a stream or come from a loader of another kind; save at the ends of epochs"
         elif checkpoint and getattr(trainer.data_collator, "seed", None) is not None:
             reason = "the collator has a generator of its own; give it no seed"
@@ -226,7 +226,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
                         load(folder)
 
                 stack.enter_context(_replaced(trainer, name, load_older))
-            if 0 < args.max_steps <= _state_of(checkpoint)["global_step"]:
+            if 0 < args.max_steps <= _read_state(checkpoint)["global_step"]:
                 # Trainer looks for the end behind a step only; without data an epoch is one step, and all of them are over.
                 empty: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type]
                 stack.enter_context(_replaced(trainer, "get_train_dataloader", lambda: empty))
@@ -236,7 +236,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
         return trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _devices_of(trainer: Trainer) -> list[torch.device]:
+def _find_devices(trainer: Trainer) -> list[torch.device]:
     """Whose generators a forward pass may draw from: with DataParallel those of several devices."""
     device, count = trainer.args.device, trainer.args.n_gpu
     return [torch.device(device.type, index) for index in range(count)] if count > 1 else [device]
@@ -266,7 +266,7 @@ def _replaced(trainer: Trainer, method: str, function: Callable[..., Any]) -> It
             setattr(trainer, method, before)
 
 
-def _state_of(checkpoint: str) -> dict[str, Any]:
+def _read_state(checkpoint: str) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     return state
 
@@ -297,7 +297,7 @@ def load_renamed_weights(model: torch.nn.Module, checkpoint: str) -> bool:
         with safe_open(path, framework="pt") as file:
             saved = set(file.keys())
     else:
-        saved = set(weight_map_of(index))
+        saved = set(read_weight_map(index))
     if saved <= set(model.state_dict()):
         return False
     if any(is_dtensor(param) for param in model.parameters()):

@@ -143,7 +143,7 @@ class AGRAdan(_Adan):
         if batch.is_first:
             diffs = batch.state["neg_pre_grad"]  # zero
         else:
-            norms, last = batch.scalars_of("pre_l1_norm"), batch.group["agr_steps"]
+            norms, last = batch.read_scalars("pre_l1_norm"), batch.group["agr_steps"]
             if last is not None and not batch.on_host:  # a recorded step, which ends AGR by itself
                 norms = [
                     torch.where(step <= last, norm, math.inf) for step, norm in zip(batch.steps, norms, strict=True)

@@ -55,7 +55,7 @@ class NosAdam(StepOptimizer):
         means, squares = batch.state["exp_avg"], batch.state["weighted_avg_sq"]
         mt.lerp_(means, batch.grads, 1 - beta1)
         weights = [step ** -batch.group["gamma"] for step in batch.steps]
-        weight_sums = batch.scalars_of("weight_sum")
+        weight_sums = batch.read_scalars("weight_sum")
         mt.mul_(squares, [total / (total + weight) for total, weight in zip(weight_sums, weights, strict=True)])
         squared = mt.mul(batch.grads, batch.grads)
         mt.mul_(squared, [weight / (total + weight) for total, weight in zip(weight_sums, weights, strict=True)])

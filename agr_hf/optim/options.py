@@ -138,7 +138,7 @@ class NosAdamOptions(StepOptions, total=False):
     gamma: Annotated[float, Option(0.1, "a number >= 0", is_at_least_zero, float)]
 
 
-def options_of(definition: type) -> dict[str, tuple[Any, Option]]:
+def read_options(definition: type) -> dict[str, tuple[Any, Option]]:
     """Type and `Option` of each entry of a TypedDict above, in the order of its bases and then its own."""
     hints = get_type_hints(definition, include_extras=True)
     return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in hints.items()}

@@ -12,7 +12,7 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from agr_hf.optim.backends.look import TYPES, look_of, read_grads
+from agr_hf.optim.backends.look import TYPES, read_grads, read_look
 from agr_hf.optim.rounding import RandomBits
 from agr_hf.optim.shards import Scalar, as_number, is_dtensor, local, reduced, widest
 
@@ -121,8 +121,8 @@ class Part(ABC):
         self.states = [optimizer.state[present.params[i]] for i in self.indices]
         # What parameters and gradients look like; where there is no gradient yet, like its parameter.
         params, grads = [[tensors[i] for i in self.indices] for tensors in (present.locals, present.local_grads)]
-        self.param_looks = list(map(look_of, params))
-        self.grad_looks = [look_of(p if g is None else g) for p, g in zip(params, grads, strict=True)]
+        self.param_looks = list(map(read_look, params))
+        self.grad_looks = [read_look(p if g is None else g) for p, g in zip(params, grads, strict=True)]
         self.live: list[bool] = []  # which rows have a gradient in this step
         # Of each row in this step, where it was needed, and what gradients were multiplied by: see `Sums` and `update`.
         self.norms: Any = []

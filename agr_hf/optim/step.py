@@ -19,7 +19,7 @@ from agr_hf.optim.backends import native
 from agr_hf.optim.backends.capture import check_graph_capture
 from agr_hf.optim.flattened import check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.layout import check_no_shared_memory
-from agr_hf.optim.options import Option, StepOptions, check_group, options_of, use_plain_numbers
+from agr_hf.optim.options import Option, StepOptions, check_group, read_options, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
 from agr_hf.optim.shards import LiveGroups, Scalar, as_number, local
@@ -50,7 +50,7 @@ class StepOptimizer(StatefulOptimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the options one by one in the signature of the class, to people, integrations and documentation."""
         super().__init_subclass__(**kwargs)
-        found = options_of(cls.option_types)
+        found = read_options(cls.option_types)
         cls.options = {name: option for name, (_, option) in found.items()}
         given = [
             p for p in list(signature(cls.__init__).parameters.values())[1:] if p.kind is not Parameter.VAR_KEYWORD

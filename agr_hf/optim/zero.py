@@ -81,7 +81,7 @@ class Partition:
             totals[fragment.layer] = found
         device = next((total.device for total in sums if isinstance(total, Tensor)), torch.device("cpu"))
         vector = as_vector(totals, device.type)
-        on_wire = vector.to(_device_of(self.ranks, device))
+        on_wire = vector.to(_find_device(self.ranks, device))
         dist.all_reduce(on_wire, group=self.ranks)
         vector = on_wire.to(vector.device)
         # The host reads what it has itself; of a device it takes no numbers, which it would wait for.
@@ -89,7 +89,7 @@ class Partition:
         sums[:] = [totals[fragment.layer] for fragment in self.fragments]
 
 
-def _device_of(ranks: Any, device: torch.device) -> torch.device:
+def _find_device(ranks: Any, device: torch.device) -> torch.device:
     """Where a process group communicates: partitions offloaded to the CPU are those of ranks with devices."""
     if device.type != "cpu" or any(name in str(dist.get_backend_config(ranks)) for name in ("gloo", "mpi", "cpu:")):
         return device
@@ -255,7 +255,7 @@ class PartitionStep:
 
     def knows(self, optimizer: StepOptimizer, state: Mapping[str, Any]) -> bool:
         """Whether the numbers of the flat state are those that the last step left."""
-        numbers = _numbers_of(optimizer, state)
+        numbers = _read_numbers(optimizer, state)
         return bool(self.known) and all(own is found for own, found in zip(self.known, numbers, strict=True))
 
     def _take_numbers(self, optimizer: StepOptimizer, state: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ class PartitionStep:
                 saved = state.get(_plural(key))
                 fits = isinstance(saved, Tensor) and saved.shape == (len(self.pieces),)
                 entry[key] = saved[i].clone() if fits else torch.tensor(first, device=self.flat.device)  # type: ignore[index]
-        self.known = _numbers_of(optimizer, state)
+        self.known = _read_numbers(optimizer, state)
 
     def _give_numbers(self, optimizer: StepOptimizer, state: dict[str, Any]) -> None:
         """Keep the numbers in the flat state; new tensors, for checkpoints of DeepSpeed may share one among partitions."""
@@ -279,7 +279,7 @@ class PartitionStep:
         entries = [self.inner.state[piece] for piece in self.pieces]
         for key in optimizer.scalar_state:
             state[_plural(key)] = torch.stack([entry[key] for entry in entries]) if entries else torch.zeros(0)
-        self.known = _numbers_of(optimizer, state)
+        self.known = _read_numbers(optimizer, state)
 
 
 def check_loaded(optimizer: StepOptimizer, flat: Tensor) -> None:
@@ -319,7 +319,7 @@ def check_loaded(optimizer: StepOptimizer, flat: Tensor) -> None:
             )
 
 
-def _numbers_of(optimizer: StepOptimizer, state: Mapping[str, Any]) -> list[Any]:
+def _read_numbers(optimizer: StepOptimizer, state: Mapping[str, Any]) -> list[Any]:
     return [state.get("step"), *[state.get(_plural(key)) for key in optimizer.scalar_state]]
 
 

@@ -108,7 +108,7 @@ def image_features(
     return features
 
 
-def statistics_of(features: Tensor) -> Statistics:
+def compute_statistics(features: Tensor) -> Statistics:
     """Statistics of features (n, d), n >= 2, any floating dtype; a ValueError for fewer, or where NaN or inf is in them."""
     from agr_hf.metrics.frechet_distance.frechet_distance import mean_and_covariance
 
@@ -181,7 +181,7 @@ def image_statistics(
                 return load_statistics(path, identity)
             except ValueError as error:
                 logger.warning("%s; they are computed again", error)
-    statistics = statistics_of(image_features(network, images, batch_size=batch_size, device=device))
+    statistics = compute_statistics(image_features(network, images, batch_size=batch_size, device=device))
     if path is not None:
         save_statistics(statistics, path, identity)
     return statistics

@@ -288,8 +288,8 @@ def _image_data(
     seed: int,
 ) -> ImageData:
     return ImageData(
-        ImageRows(*train, transform_of(size, mean, std, augmentation), None if augmentation == "none" else seed),
-        ImageRows(*test, transform_of(size, mean, std, "none")),
+        ImageRows(*train, make_transform(size, mean, std, augmentation), None if augmentation == "none" else seed),
+        ImageRows(*test, make_transform(size, mean, std, "none")),
         size,
         channels,
         names,
@@ -300,7 +300,7 @@ def _image_data(
     )
 
 
-def transform_of(
+def make_transform(
     size: int, mean: Sequence[float], std: Sequence[float], augmentation: str
 ) -> Callable[[Tensor], Tensor]:
     """uint8 image (channels, size, size) to float32 pixel values; random parts draw from torch's global state."""

@@ -125,7 +125,7 @@ def load_articles(source: str, split: str, config: str | None = None) -> list[Ar
         return [a for i, a in enumerate(articles) if (i % 8 == 3) == (split != "train")]
     path = Path(source)
     if path.is_dir():
-        articles = [article for file in _files_of(path, split) for article in _read(file)]
+        articles = [article for file in _find_files(path, split) for article in _read(file)]
     elif path.is_file():
         articles = _read(path)
     elif path.is_absolute() or path.suffix in (*TEXT_SUFFIXES, ".parquet"):
@@ -140,7 +140,7 @@ def load_articles(source: str, split: str, config: str | None = None) -> list[Ar
     return articles
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
+def _find_files(folder: Path, split: str) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if f.suffix in (*TEXT_SUFFIXES, ".parquet"))
     for suffix in (".tokens", ".raw", ".txt", ".parquet"):
         # One kind of file only: .tokens and .raw hold the same articles.
@@ -236,7 +236,7 @@ def _ends_sentence(word: str) -> bool:
     return bare.endswith(("!", "?"))
 
 
-def sentences_of(articles: Iterable[Article]) -> Iterator[str]:
+def read_sentences(articles: Iterable[Article]) -> Iterator[str]:
     """All sentences of all articles."""
     for article in articles:
         for paragraph in article.paragraphs:
@@ -264,7 +264,7 @@ def train_tokenizer(articles: Iterable[Article], vocab_size: int = 30_000) -> Pr
         vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False
     )
     # WikiText's <unk> is the special token; the trainer would make pieces of its letters.
-    lines = (sentence.replace("<unk>", " ") for sentence in sentences_of(articles))
+    lines = (sentence.replace("<unk>", " ") for sentence in read_sentences(articles))
     empty.backend_tokenizer.train_from_iterator(lines, trainer)
     pieces = _vocabulary(empty)
     learned = [(piece, score) for piece, score in pieces if piece not in special]

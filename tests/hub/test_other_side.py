@@ -254,9 +254,9 @@ def test_of_trainers_arguments_the_listed_ones_are_repeated_and_of_ours_all_but_
 
 @pytest.mark.parametrize("kind", ["500", "429", "drop", "truncate", "checksum"])
 def test_a_faulty_download_ends_whole_or_with_a_sentence(kind, hub, tmp_path, monkeypatch):
-    from agr_hf.hub import patience
+    from agr_hf.hub import retry
 
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     run = made_up(tmp_path / "run")
     push_run(run, "lab/run", api=hub.api())
     before = len(hub.requests)

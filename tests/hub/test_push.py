@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, snapshot_download
 from server import FAULTS
 from transformers import TrainingArguments
 
-from agr_hf.hub import patience
+from agr_hf.hub import retry
 from agr_hf.hub.push import push_finished, push_run, take_over_push
 from agr_hf.hub.training_state import export_checkpoint
 
@@ -19,7 +19,7 @@ REPO = "tester/run"
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(patience.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
 
 
 def test_a_push_is_one_commit_with_the_published_files_only(hub, tmp_path):

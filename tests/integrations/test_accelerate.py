@@ -16,9 +16,9 @@ from agr_hf import AdaL, AGRAdamW, create_optimizer, list_optimizers
 from agr_hf.integrations.accelerate import (
     Progress,
     batches_of_epoch,
-    ema_of,
     latest_state,
     load_checkpoint,
+    make_ema,
     save_checkpoint,
 )
 
@@ -286,13 +286,13 @@ def test_bf16_autocast_trains(tmp_path):
 def test_an_average_of_weights_follows_its_decay():
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)
-    ema = ema_of(model, 0.75)
+    ema = make_ema(model, 0.75)
     ema.update_parameters(model)
     model.weight.data.fill_(1.0)
     ema.update_parameters(model)
     assert ema.module.weight == 0.25
     with pytest.raises(ValueError, match="decay=1"):
-        ema_of(model, 1)
+        make_ema(model, 1)
 
 
 def test_parameters_swapped_behind_the_optimizer_get_state_of_their_own():

@@ -245,8 +245,8 @@ def test_distance_of_gaussians_equals_the_closed_form():
 def test_distance_of_samples_equals_hand_computed_values():
     # Means 1 and 4, unbiased variances 2 and 8: 9 + (sqrt 2 - sqrt 8)^2 = 11.
     one, other = (
-        frechet.statistics_of(torch.tensor([[0.0], [2.0]])),
-        frechet.statistics_of(torch.tensor([[2.0], [6.0]])),
+        frechet.compute_statistics(torch.tensor([[0.0], [2.0]])),
+        frechet.compute_statistics(torch.tensor([[2.0], [6.0]])),
     )
     assert frechet.frechet_distance(one, other) == pytest.approx(11, rel=1e-12)
 
@@ -254,9 +254,9 @@ def test_distance_of_samples_equals_hand_computed_values():
 def test_equal_sets_are_at_distance_zero_even_with_singular_covariances():
     """10 images, 64 features, far from the origin: a root of the product C1 C2 errs by 1e-5 here."""
     features = 100 + torch.randn(10, 64, dtype=torch.float64)
-    one = frechet.statistics_of(features)
+    one = frechet.compute_statistics(features)
     assert 0 <= frechet.frechet_distance(one, one) < 1e-10
-    moved = frechet.statistics_of(features + 1)
+    moved = frechet.compute_statistics(features + 1)
     assert frechet.frechet_distance(one, moved) == pytest.approx(64, abs=1e-9)
 
 
@@ -266,15 +266,15 @@ def test_distance_agrees_with_scipys_root_of_the_product():
     one, other = torch.randn(200, 16, dtype=torch.float64), torch.randn(300, 16, dtype=torch.float64) * 2 + 1
     a, b = numpy.cov(one.numpy(), rowvar=False), numpy.cov(other.numpy(), rowvar=False)
     expected = ((one.mean(0) - other.mean(0)) ** 2).sum().item() + numpy.trace(a + b - 2 * sqrtm(a @ b).real)
-    found = frechet.frechet_distance(frechet.statistics_of(one), frechet.statistics_of(other))
+    found = frechet.frechet_distance(frechet.compute_statistics(one), frechet.compute_statistics(other))
     assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_bad_features_get_sentences():
     with pytest.raises(ValueError, match="must be .n, d. with n of at least 2"):
-        frechet.statistics_of(torch.zeros(1, 3))
+        frechet.compute_statistics(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="NaN or inf"):
-        frechet.statistics_of(torch.tensor([[1.0], [math.nan]]))
+        frechet.compute_statistics(torch.tensor([[1.0], [math.nan]]))
     with pytest.raises(ValueError, match="1 features cannot be compared with 2"):
         frechet.frechet_distance(stats([0.0], [[1.0]]), stats([0.0, 0], [[1.0, 0], [0, 1]]))
 
@@ -285,7 +285,7 @@ def test_the_evaluate_module_loads_offline_and_gives_the_same():
         11
     )
     ours, theirs = numpy.random.default_rng(0).normal(size=(2, 50, 4))
-    expected = frechet.frechet_distance(*(frechet.statistics_of(torch.from_numpy(x)) for x in (ours, theirs)))
+    expected = frechet.frechet_distance(*(frechet.compute_statistics(torch.from_numpy(x)) for x in (ours, theirs)))
     assert metric.compute(predictions=ours, references=theirs)["frechet_distance"] == pytest.approx(expected)
     given = {"mean": theirs.mean(0), "covariance": numpy.cov(theirs, rowvar=False)}
     found = metric.compute(predictions=ours, references=ours, **given)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from agr_hf.tasks import unlabelled_images
 from agr_hf.tasks.classifiers import ALIASES, SMALL_STEMS, architecture, classifier, parameter_count
-from agr_hf.tasks.images import SOURCES, load_images, transform_of
+from agr_hf.tasks.images import SOURCES, load_images, make_transform
 from agr_hf.tasks.recipes import IMAGE_RECIPES
 
 
@@ -176,7 +176,7 @@ def test_a_part_of_a_set_sorted_by_label_has_every_label(tmp_path):
 
 def test_transforms_keep_shape_and_normalize():
     image = torch.full((3, 32, 32), 255, dtype=torch.uint8)
-    out = transform_of(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "none")(image)
+    out = make_transform(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "none")(image)
     assert out.dtype == torch.float32
     assert torch.equal(out, torch.full((3, 32, 32), 2.0))
 

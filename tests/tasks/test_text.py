@@ -25,7 +25,7 @@ from agr_hf.tasks.text import (
     load_articles,
     parse_rows,
     parse_wikitext,
-    sentences_of,
+    read_sentences,
     split_sentences,
     train_tokenizer,
 )
@@ -186,7 +186,7 @@ def test_a_trained_tokenizer_has_alberts_special_tokens_and_reloads_the_same(art
     assert 1 in pair["input_ids"]
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    for sentence in list(sentences_of(articles))[:200]:
+    for sentence in list(read_sentences(articles))[:200]:
         assert again(sentence)["input_ids"] == tokenizer(sentence)["input_ids"]
     assert train_tokenizer(articles, 1000).get_vocab() == tokenizer.get_vocab()
 
@@ -210,7 +210,7 @@ def test_chunks_are_the_articles_sentences_in_order(articles, chunks, tokenizer)
     # All that may be missing is a last sentence that has no other beside it.
     for number in (0, 5, 10):
         tokens = [
-            t for s in sentences_of([articles[number]]) for t in tokenizer(s, add_special_tokens=False)["input_ids"]
+            t for s in read_sentences([articles[number]]) for t in tokenizer(s, add_special_tokens=False)["input_ids"]
         ]
         own = [i for i in range(len(chunks)) if chunks.articles[i] == number]
         packed = [token for i in own for sentence in chunks[i]["ids"] for token in sentence]

@@ -26,7 +26,7 @@ def digits_network(name: str, seed: int) -> nn.Module:
     return classifier(name, 8, 1, [str(i) for i in range(10)], [0.5], [0.5])
 
 
-def loss_of(model: nn.Module, data: Images, index: Tensor) -> Tensor:
+def compute_loss(model: nn.Module, data: Images, index: Tensor) -> Tensor:
     loss: Tensor = model(pixel_values=data.pixel_values[index], labels=data.labels[index]).loss
     return loss
 
@@ -40,7 +40,7 @@ def train_on_digits(
     draws = torch.Generator().manual_seed(seed)
     for step in range(steps):
         made.zero_grad()
-        loss_of(model, data, torch.randint(len(data), (BATCH,), generator=draws)).backward()
+        compute_loss(model, data, torch.randint(len(data), (BATCH,), generator=draws)).backward()
         yield step, model, made, data
         made.step()
 
@@ -258,7 +258,7 @@ def _noise(model: nn.Module, data: Images, *, scaled: bool) -> Tensor:
     """Gradient of all examples less that of the batch, with AdaL each times its layer's l1 norm; flat."""
     params = [param for param in model.parameters() if param.grad is not None]
     batch = [param.grad.clone() for param in params if param.grad is not None]
-    whole = torch.autograd.grad(loss_of(model, data, torch.arange(len(data))), params)
+    whole = torch.autograd.grad(compute_loss(model, data, torch.arange(len(data))), params)
     factors = [(a.abs().sum(), b.abs().sum()) if scaled else (1.0, 1.0) for a, b in zip(whole, batch, strict=True)]
     return torch.cat([(p * a - q * b).flatten() for a, b, (p, q) in zip(whole, batch, factors, strict=True)])
 

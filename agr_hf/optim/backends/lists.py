@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends import multi_tensor as mt
-from agr_hf.optim.backends.look import look_of
+from agr_hf.optim.backends.look import read_look
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.norms import BLOCK, by_device_and_dtype, sum_on_cpu, sums_of_pieces
 from agr_hf.optim.part import Part, Present, Row, Sums
@@ -102,7 +102,7 @@ class Batch:
         """l1 norm of each whole gradient: numbers where the host knows them, else 0-dim tensors."""
         return [item.norm for item in self.items]
 
-    def scalars_of(self, key: str) -> list[Scalar]:
+    def read_scalars(self, key: str) -> list[Scalar]:
         """An entry of the rule's `scalar_state` for each tensor, as the step before left it."""
         return [item.scalars[key].item() if self.on_host else item.scalars[key] for item in self.items]
 
@@ -139,8 +139,8 @@ class ListsPart(Part):
             held, layout = present.locals[row.index], Layout(present.locals[row.index])
             if (
                 held.device != self.device
-                or look_of(held) != self.param_looks[k]
-                or look_of(local(grad)) != self.grad_looks[k]
+                or read_look(held) != self.param_looks[k]
+                or read_look(local(grad)) != self.grad_looks[k]
             ):
                 return False  # the fastest backend for it may be another one
             self.optimizer.lay_state(param, row.group, layout, state)

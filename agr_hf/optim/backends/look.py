@@ -20,7 +20,7 @@ else:
 TYPES = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
 
 
-def look_of(tensor: Any) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+def read_look(tensor: Any) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     """What makes a tensor another kind of tensor to a backend."""
     return tensor.dtype, tensor.shape, tensor.stride()
 
@@ -32,7 +32,7 @@ def read_grads_in_python(params: list[Tensor]) -> list[Tensor | None]:
 
 def describe_in_python(tensors: Sequence[Any]) -> Any:
     """What `look` compares tensors with."""
-    return [(type(tensor) in TYPES and not tensor.is_neg(), tensor.device, *look_of(tensor)) for tensor in tensors]
+    return [(type(tensor) in TYPES and not tensor.is_neg(), tensor.device, *read_look(tensor)) for tensor in tensors]
 
 
 def look_in_python(

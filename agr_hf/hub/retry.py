@@ -1,4 +1,4 @@
-"""Patience with the Hub: what to repeat, for how long, and what to say in the end."""
+"""Requests to the Hub that are repeated: which, for how long, and what is said in the end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOCAL = (
 FINAL = (LocalTokenNotFoundError, OfflineModeIsEnabled)
 
 
-def persistently(failed: str, attempt: Callable[[int], Result], afterwards: str = "Try again later") -> Result:
+def retry(failed: str, attempt: Callable[[int], Result], afterwards: str = "Try again later") -> Result:
     """Call `attempt` with 0, 1, ... until it works, with longer and longer pauses.
 
     Args:
