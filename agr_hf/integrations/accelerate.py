@@ -98,6 +98,9 @@ def make_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
+ema_of = make_ema  # its name in 0.1
+
+
 def clip_grad_norm_(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], max_norm: float
 ) -> torch.Tensor:

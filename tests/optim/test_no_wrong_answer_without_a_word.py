@@ -411,6 +411,38 @@ def test_a_capturable_step_asks_no_device_for_more_than_it_has(name):
             assert optimizer.state[param]["step"].device.type == "mps"
 
 
+ON_A_GPU = [
+    {},
+    {"max_grad_norm": 1.0, "weight_decay": 0.1, "maximize": True},
+    {"rounding": "stochastic", "state_dtype": torch.bfloat16},
+    {"rounding": "kahan"},
+    {"agr_steps": 2, "second_moment": "regularized", "min_ndim": 0},
+    {"foreach": True},
+    {"foreach": False},
+]
+
+
+@every_optimizer
+@pytest.mark.parametrize("options", ON_A_GPU, ids=str)
+def test_a_capturable_step_reads_nothing_of_a_gpu_and_mixes_no_devices(name, options):
+    """Fake tensors stand for a GPU's: `.item()` of one raises, and so does an operation on two devices."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    options = {
+        key: value for key, value in options.items() if key in OPTIMIZERS[name].cls.options or key == "weight_decay"
+    }
+    with FakeTensorMode():
+        params = [Parameter(torch.ones(3, 4, device="cuda", dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+        optimizer = make(name, params, capturable=True, **options)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+        for param in params:
+            state = optimizer.state[param]
+            assert {value.device.type for value in state.values()} == {"cuda"}
+
+
 # ---- loading
 
 

@@ -62,7 +62,7 @@ class Table:
     def __init__(self, device: torch.device, dtype: torch.dtype, length: int) -> None:
         self.tensor = torch.zeros(length, dtype=dtype, device=device)
         self.sent: Any = None
-        self._sources: list[Tensor] = []
+        self._recorded: list[Tensor] = []
 
     def send(self, values: Any) -> None:
         if values == self.sent:
@@ -70,11 +70,9 @@ class Table:
         self.sent = values[:]
         source = torch.tensor(values, dtype=self.tensor.dtype, device="cpu")
         if self.tensor.device.type == "cuda":
-            # In pinned memory, so that the host need not wait. A recorded copy reads it at each replay: it is kept.
-            source = source.pin_memory()
-            self._sources = [*self._sources[-1:], source]
+            source = source.pin_memory()  # so that the host need not wait
             if torch.cuda.is_current_stream_capturing():
-                self._sources.append(source)
+                self._recorded.append(source)  # each replay reads it again
         self.tensor.copy_(source, non_blocking=True)
 
 
