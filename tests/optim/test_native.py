@@ -15,7 +15,7 @@ from agr_hf import AGRAdamW
 from agr_hf.environment import describe_backends, explain_slow_steps
 from agr_hf.optim import part
 from agr_hf.optim.backends import look as looks
-from agr_hf.optim.backends import native
+from agr_hf.optim.backends import native, tables
 from agr_hf.optim.registry import OPTIMIZERS
 
 pytestmark = pytest.mark.skipif(bool(native.WHY_NOT), reason=f"the native step was not built: {native.WHY_NOT}")
@@ -262,8 +262,8 @@ def test_the_plan_is_kept_while_gradients_come_and_go():
 
 def test_steps_are_the_same_where_torch_offers_no_functions_to_look(monkeypatch):
     wanted = train("agr_adan", [(3, 3), (5,)])[0]
-    monkeypatch.setattr(native, "look", looks.look_in_python)
-    monkeypatch.setattr(native, "describe", looks.describe_in_python)
+    monkeypatch.setattr(tables, "look", looks.look_in_python)
+    monkeypatch.setattr(tables, "describe", looks.describe_in_python)
     monkeypatch.setattr(part, "read_grads", looks.read_grads_in_python)
     found, optimizer = train("agr_adan", [(3, 3), (5,)])
     assert [type(part).__name__ for part in optimizer.plan.parts] == ["NativePart"]

@@ -8,7 +8,6 @@ steps and the end of AGR are read there, so that a CUDA graph repeats the step a
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agr_hf.optim.backends import look as looks
-from agr_hf.optim.backends.look import TYPES
-from agr_hf.optim.backends.tables import flags_of_rows, is_plain, kinds_of_rows, laid_otherwise, lay_gradients
-from agr_hf.optim.layout import Layout
-from agr_hf.optim.part import Part, Present, Row, Sums
+from agr_hf.optim.backends.tables import TablePart, can_serve
+from agr_hf.optim.part import Present, Row, Sums
 from agr_hf.optim.rounding import COMPENSATION
-from agr_hf.optim.shards import Scalar, as_vector, local
+from agr_hf.optim.shards import Scalar, as_vector
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
@@ -44,16 +40,7 @@ def why_not() -> str | None:
 
 def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
     """Whether this backend computes a row: by the options of its group, and by what its tensors are."""
-    group = row.group
-    if optimizer.native_rule is None or group["foreach"] is not None or group["fused"] is False:
-        return False
-    param, grad = present.locals[row.index], present.local_grads[row.index]
-    tensors = [param] if grad is None else [param, grad]
-    return (
-        all(tensor.device.type in DEVICES and tensor.device == param.device and is_plain(tensor) for tensor in tensors)
-        and Layout(param).view(param) is not None
-        and why_not() is None
-    )
+    return can_serve(optimizer, row, present, lambda tensor: tensor.device.type in DEVICES) and why_not() is None
 
 
 class Table:
@@ -76,37 +63,17 @@ class Table:
         self.tensor.copy_(source, non_blocking=True)
 
 
-class GPUPart(Part):
+class GPUPart(TablePart):
     """Rows that triton_kernels.py computes."""
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
         super().__init__(optimizer, rows, present, new)
-        params = [present.locals[i] for i in self.indices]
-        grads = [present.local_grads[i] for i in self.indices]
-        self.keys = tuple(optimizer.tensor_state(params[0], rows[0].group))  # of all rows: see Plan
-        self.layouts = [Layout(param) for param in params]
-        self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
-        for row, param, layout, state in zip(rows, params, self.layouts, self.states, strict=True):
-            optimizer.lay_state(param, row.group, layout, state)
-        self.copied = laid_otherwise(self.layouts, grads)
-        self.views = [
-            (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
-            for column in self.columns
-        ]
-        # DLPack may not know other devices.
-        in_c = self.device.type in ("cuda", "cpu")
-        self.look_at = looks.look if in_c else looks.look_in_python
-        describe = looks.describe if in_c else looks.describe_in_python
-        self.kept = describe(kinds_of_rows(params, grads, self.states, self.keys))
-        self.addresses = array("q", bytes(8 * len(rows) * (2 + len(self.keys))))
-        self.groups = {row.group_index: row.group for row in rows}
-        slots = {number: slot for slot, number in enumerate(self.groups)}
         chunk_row: list[int] = []
         chunk_at: list[int] = []
         first_chunk = [0]
-        for k, param in enumerate(params):
+        for k, numel in enumerate(self.numels):
             # An empty shard has one too: it keeps the numbers of its whole tensor.
-            starts = range(0, max(param.numel(), 1), CHUNK)
+            starts = range(0, max(numel, 1), CHUNK)
             chunk_row += [k] * len(starts)
             chunk_at += starts
             first_chunk.append(len(chunk_row))
@@ -116,10 +83,9 @@ class GPUPart(Part):
         def constant(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)
 
-        flags = flags_of_rows(optimizer, rows, params, [found[0] for found in self.grad_looks], self.at_random)
         self.chunk_row, self.chunk_at = constant(chunk_row), constant(chunk_at)
-        self.first_chunk, self.numel = constant(first_chunk), constant([param.numel() for param in params])
-        self.flags, self.slots = constant(flags), constant([slots[row.group_index] for row in rows])
+        self.first_chunk = constant(first_chunk)
+        self.row_numels, self.row_flags, self.row_slots = map(constant, (self.numels, self.flags, self.slots))
         self.table = Table(device, torch.int64, len(self.addresses))
         self.numbers = Table(device, torch.float64, NUMBERS * len(self.groups))
         self.host_steps = Table(device, torch.float64, len(rows))
@@ -130,21 +96,6 @@ class GPUPart(Part):
 
         self.chunk_norms, self.chunk_squares = sums(self.chunks), sums(self.chunks)
         self.row_norms, self.norms_after = sums(len(rows)), sums(len(rows))
-        self.params: list[Tensor] = []
-        self.held: list[Any] = []
-
-    def look(self, present: Present) -> bool:
-        params: list[Any] = [present.locals[i] for i in self.indices]
-        grads: list[Any] = [present.local_grads[i] for i in self.indices]
-        states = self.states
-        if self.has_shards:
-            states = [{key: local(value) for key, value in state.items()} for state in states]
-        if self.look_at(params, grads, states, self.keys, self.views, self.kept, self.addresses) < 0:
-            return False
-        self.set_live([grad is not None for grad in grads])
-        self.params = params
-        self.held = lay_gradients(grads, self.copied, self.addresses)
-        return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
         self._launch_sums(scales, squares=squares, coupled_only=coupled_only, handed_out=True)
@@ -163,10 +114,7 @@ class GPUPart(Part):
         elif sums is not None:
             given = as_vector([sums.norms[i] for i in self.indices], self.device.type).to(torch.float64)
         self._launch_update(given, scales, norms_given=sums is not None)
-        torch.autograd.graph.increment_version(
-            [param for param, live in zip(self.params, self.live, strict=True) if live]
-        )
-        self.params, self.held = [], []
+        self.let_go()
 
     @torch._disable_dynamo
     def _launch_sums(self, scales: Sequence[Scalar], *, squares: bool, coupled_only: bool, handed_out: bool) -> None:
@@ -175,8 +123,8 @@ class GPUPart(Part):
         self._send(scales)
         with self._on_device():
             sums_kernel[(self.chunks,)](
-                self.table.tensor, len(self.rows), self._rest(), self.chunk_row, self.chunk_at, self.numel, self.flags,
-                self.slots, self.numbers.tensor, self.chunk_norms, self.chunk_squares,
+                self.table.tensor, len(self.rows), self._rest(), self.chunk_row, self.chunk_at,
+                self.row_numels, self.row_flags, self.row_slots, self.numbers.tensor, self.chunk_norms, self.chunk_squares,
                 SQUARES=squares, COUPLED_ONLY=coupled_only, HANDED_OUT=handed_out,
                 HAS_REST=COMPENSATION in self.keys, CHUNK=CHUNK, BLOCK=BLOCK,
             )  # fmt: skip
@@ -208,7 +156,7 @@ class GPUPart(Part):
         with self._on_device():
             update_kernel[(self.chunks,)](
                 self.table.tensor, len(self.rows), self._rest(), self.chunk_row, self.chunk_at, self.first_chunk,
-                self.numel, self.flags, self.slots, self.numbers.tensor, steps,
+                self.row_numels, self.row_flags, self.row_slots, self.numbers.tensor, steps,
                 self.host_random.tensor if first_random is None else first_random, self.chunk_norms, given,
                 self.row_norms, self.row_norms if before is None else before, self.norms_after,
                 ADAN=self.optimizer.native_rule == "adan", NORMS_GIVEN=norms_given,

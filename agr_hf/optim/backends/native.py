@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Collection, Sequence
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends import gpu
-from agr_hf.optim.backends.look import TYPES, WHY_NOT, _native, describe, look
-from agr_hf.optim.backends.tables import DTYPES, flags_of_rows, is_plain, kinds_of_rows, laid_otherwise, lay_gradients
-from agr_hf.optim.layout import Layout
-from agr_hf.optim.part import Part, Present, Row, Sums
-from agr_hf.optim.shards import Scalar, local
+from agr_hf.optim.backends.look import WHY_NOT, _native
+from agr_hf.optim.backends.tables import DTYPES, TablePart, can_serve
+from agr_hf.optim.part import Present, Row, Sums
+from agr_hf.optim.shards import Scalar
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
@@ -78,69 +76,22 @@ def missing_kernel(rule: str | None, param: Tensor) -> str | None:
 
 def serves(optimizer: StepOptimizer, row: Row, present: Present) -> bool:
     """Whether this backend computes a row: by the options of its group, and by what its tensors are."""
-    group = row.group
-    if optimizer.native_rule is None or group["foreach"] is not None or group["fused"] is False:
-        return False
-    param, grad = present.locals[row.index], present.local_grads[row.index]
-    tensors = [param] if grad is None else [param, grad]
-    return (
-        row.on_host
-        and all(tensor.is_cpu and is_plain(tensor) for tensor in tensors)
-        and Layout(param).view(param) is not None
-        and is_available()
-    )
+    return row.on_host and can_serve(optimizer, row, present, lambda tensor: tensor.is_cpu) and is_available()
 
 
-class NativePart(Part):
-    """Rows that native.c computes. `fixed` and `groups` do not change; addresses, classes and numbers are a step's."""
+class NativePart(TablePart):
+    """Rows that native.c computes. `fixed` does not change; addresses, classes and numbers are a step's."""
 
     def __init__(self, optimizer: StepOptimizer, rows: list[Row], present: Present, new: Collection[int]) -> None:
         super().__init__(optimizer, rows, present, new)
         self.rule = RULES[optimizer.native_rule or ""]
-        params = [present.locals[i] for i in self.indices]
-        self.keys = tuple(optimizer.tensor_state(params[0], rows[0].group))  # of all rows: see Plan
-        self.layouts = [Layout(param) for param in params]
-        self.is_whole = len(rows) == len(present.params)
-        self.has_shards = any(type(present.params[i]) not in TYPES for i in self.indices)
-        for row, param, layout, state in zip(rows, params, self.layouts, self.states, strict=True):
-            optimizer.lay_state(param, row.group, layout, state)
-        grads = [present.local_grads[i] for i in self.indices]
-        self.copied = laid_otherwise(self.layouts, grads)
-        dtypes = [grad_look[0] for grad_look in self.grad_looks]
-        flags = flags_of_rows(optimizer, rows, params, dtypes, self.at_random)
-        self.fixed = array("q", [param.numel() for param in params] + flags)
-        self.groups = {row.group_index: row.group for row in rows}
-        slots = {number: slot for slot, number in enumerate(self.groups)}
-        self.group_slots = array("q", [slots[row.group_index] for row in rows])
+        self.fixed = array("q", self.numels + self.flags)
+        self.group_slots = array("q", self.slots)
         self.norms = array("d", bytes(8 * len(rows)))
         self.squares = array("d", bytes(8 * len(rows)))
-        self.views = [
-            (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
-            for column in self.columns
-        ]
-        self.kept = describe(kinds_of_rows(params, grads, self.states, self.keys))
-        self.addresses = array("q", bytes(8 * len(rows) * (2 + len(self.keys))))
-        self.params: list[Tensor] = []  # until the step is done, as `held`
-        self.held: list[Any] = []
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         return torch.float64  # native.c reads and writes doubles
-
-    def look(self, present: Present) -> bool:
-        params: list[Any] = present.locals
-        grads: list[Any] = present.local_grads
-        if not self.is_whole:
-            params, grads = [params[i] for i in self.indices], [grads[i] for i in self.indices]
-        states = self.states
-        if self.has_shards:
-            states = [{key: local(value) for key, value in state.items()} for state in states]
-        count = look(params, grads, states, self.keys, self.views, self.kept, self.addresses)
-        live = [True] * count if count == len(grads) else [grad is not None for grad in grads]
-        if count < 0:
-            return False
-        self.set_live(live)
-        self.params, self.held = params, lay_gradients(grads, self.copied, self.addresses)
-        return True
 
     def add_sums(self, sums: Sums, scales: Sequence[Scalar], squares: bool, coupled_only: bool) -> None:
         if not coupled_only:
@@ -159,11 +110,7 @@ class NativePart(Part):
             norms: list[Any] = sums.norms if self.is_whole else [sums.norms[i] for i in self.indices]
             self.norms = array("d", norms)
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
-        # As every operation in place does: a backward through a graph that holds the old weights is an error.
-        torch.autograd.graph.increment_version(
-            self.params if all(self.live) else list(compress(self.params, self.live))
-        )
-        self.params, self.held = [], []
+        self.let_go()
 
     @torch._disable_dynamo  # torch.compile cannot trace C
     def _run(self, mode: int, classes: array[int], numbers: array[float]) -> None:
