@@ -24,7 +24,7 @@ from agr_hf.experiments.app import (
     show_trajectories,
 )
 from agr_hf.tasks.digits import digits_model
-from agr_hf.tasks.functions import FUNCTIONS, trajectory
+from agr_hf.tasks.functions import FUNCTIONS, sample_heights, trajectory
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
@@ -58,13 +58,16 @@ def test_a_line_is_animated_from_its_start_to_its_end_or_drawn_at_once():
     assert "stroke-dasharray" not in line
 
 
-def test_contour_lines_keep_the_height_of_their_level():
-    function = FUNCTIONS["rastrigin"]
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=lambda function: function.name)
+def test_contour_lines_keep_the_height_of_their_level(function):
     lines = app._contour_lines(function)
     assert len(lines) > 10
+    heights = sample_heights(function, 20)[2]
+    allowed = 0.05 * (heights.max() - heights.min())  # lines are straight between the points of the grid
     for line in lines[::7]:
-        heights = function.value(torch.tensor(line, dtype=torch.float64))
-        assert heights.max() - heights.min() < 0.05 * 80  # of a range of 80; linear between points of the grid
+        found = function.value(torch.tensor(line, dtype=torch.float64))
+        found = found.add(1e-3).log() if function.logarithmic else found
+        assert found.max() - found.min() < allowed
 
 
 def test_a_run_that_diverges_is_drawn_as_far_as_it_is_finite(monkeypatch):

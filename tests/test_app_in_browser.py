@@ -117,6 +117,7 @@ def test_every_tab_fits_the_screen_in_both_colour_schemes(size, scheme, open_pag
 
     def check(tab):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.wait_for_timeout(500)  # until the result has faded in
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / f"{tab}-{size}-{scheme}.png", full_page=True)
 
