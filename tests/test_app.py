@@ -1,6 +1,7 @@
 """The functions behind `agr-hf app`, its interface, and the Space. tests/test_app_in_browser.py opens it."""
 
 import re
+import socket
 import sys
 import tomllib
 from importlib.util import find_spec
@@ -206,6 +207,15 @@ def test_a_missing_folder_is_one_sentence(capsys):
     assert capsys.readouterr().err == (
         "agr-hf: there is no folder 'nowhere'; give one with models and comparisons, or none for this folder\n"
     )
+
+
+@needs_gradio
+def test_a_port_in_use_is_one_sentence(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert main(["app", str(tmp_path), "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"agr-hf: port {port} is in use; choose another one with --port")
 
 
 @needs_gradio

@@ -418,7 +418,11 @@ def run_app(root: Path, port: int | None = None, say: Callable[[str], None] = pr
 
 
 def start_app(root: Path, port: int | None = None) -> tuple[Any, str]:
-    """Start the app in a thread of its own; returns it and its address."""
+    """Start the app in a thread of its own; returns it and its address.
+
+    Raises:
+        UserError: see `build_app`; or the port is in use.
+    """
     app = build_app(root)
     import gradio
 
@@ -426,8 +430,12 @@ def start_app(root: Path, port: int | None = None) -> tuple[Any, str]:
     theme = gradio.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    _, address, _ = app.launch(
-        share=False, server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[],
-        theme=theme, head=STYLE, max_file_size="1mb",
-    )  # fmt: skip
+    try:
+        _, address, _ = app.launch(
+            share=False, server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[],
+            theme=theme, head=STYLE, max_file_size="1mb",
+        )  # fmt: skip
+    except OSError as error:
+        given = "no port from 7860 on is free" if port is None else f"port {port} is in use"
+        raise UserError(f"{given}; choose another one with --port ({error})") from error
     return app, address
