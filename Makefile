@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs dist clean
-.PHONY: gpu-ready bench-gpu test-launch test-hosts test-kills test-postgres
+.PHONY: gpu-ready bench-gpu test-launch test-hosts test-kills test-postgres test-browser test-notebooks
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
 
 # Two workers, of which one that is done takes over tests of the other.
-TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills or postgres or docs)"
+TEST := python -m pytest -n 2 --dist worksteal -m "not (slow or gpu or deepspeed or launch or hosts or kills or postgres or docs or browser or notebooks)"
 
 test: $(VENV)/installed lint
 	$(BIN)/$(TEST)
@@ -68,6 +68,16 @@ test-kills: $(VENV)/installed
 test-postgres: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet psycopg2-binary
 	$(BIN)/python -m pytest -m postgres
+
+# The app in Chromium (Debian's package chromium); screenshots go to build/screenshots.
+test-browser: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[app]" playwright
+	$(BIN)/python -m pytest -m browser
+
+# Runs the notebooks in a copy; AGR_HF_KEEP_OUTPUT=1 writes their output into the files.
+test-notebooks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
+	$(BIN)/python -m pytest -m notebooks
 
 # What a step costs, beside the optimizers of the other packages that the extra lists.
 bench: $(VENV)/installed

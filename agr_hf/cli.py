@@ -43,6 +43,16 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("inspect-output"), help="folder for the files (%(default)s)"
     )
     inspect.set_defaults(run=run_inspect)
+    app = commands.add_parser("app", help="trajectories, a model's layers and reports of comparisons in a browser")
+    app.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path("."),
+        help="with models and comparisons; no other files are read (.)",
+    )
+    app.add_argument("--port", type=count, help="of the server (the first free one from 7860 on)")
+    app.set_defaults(run=run_app)
     card = commands.add_parser("card", help="write a run's model card and curves")
     card.add_argument("run_dir", type=Path, help="the --output_dir of a training script, with its results.json")
     card.add_argument("--repo-id", default="user/model", help="where it will be published (%(default)s)")
@@ -293,6 +303,12 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         batches=arguments.batches,
         rows=arguments.rows,
     )
+
+
+def run_app(arguments: argparse.Namespace) -> None:
+    from agr_hf.experiments.app import run_app
+
+    run_app(arguments.folder, arguments.port)
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from agr_hf import list_optimizers
 from agr_hf.files import replaced_file, write_text
-from agr_hf.tasks.functions import FUNCTIONS, moved, squared_distance, trajectory
+from agr_hf.tasks.functions import FUNCTIONS, moved, sample_heights, squared_distance, trajectory
 from agr_hf.tasks.recipes import given_arguments
 from agr_hf.tasks.record import make_record
 from agr_hf.tasks.runs import run_main
@@ -71,10 +71,7 @@ def plot(function, ways, path):
     from matplotlib.figure import Figure
 
     left, right, bottom, top = function.extent
-    x, y = torch.meshgrid(torch.linspace(left, right, 250), torch.linspace(bottom, top, 250), indexing="xy")
-    height = function.value(torch.stack([x, y], dim=-1))
-    if function.logarithmic:
-        height = height.add(1e-3).log()
+    x, y, height = sample_heights(function, 250)
     columns = min(4, len(ways))
     rows = -(-len(ways) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.3 * rows), layout="constrained")

@@ -6,9 +6,31 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate, pairwise
 
 DASHES = ("none", "7 4", "2 3", "10 3 2 3", "4 2", "1 4")
+MARKERS = (
+    "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
+    "M-4.5,-4.5h9v9h-9z",
+    "M0,-6L5.5,4.5H-5.5z",
+    "M0,-6.5L5,0L0,6.5L-5,0z",
+)
 WIDTH, LEFT, RIGHT = 480, 52, 14
+KEYFRAMES = 200  # of an animated line
+
+# The colours of a page with charts, and the rules that use them.
+LIGHT = """--ink: #1b1f24; --soft: #57606a; --page: #ffffff; --line: #d0d7de; --margin: #e7ecf1;
+  --s0: #0b5cad; --s1: #a3430b; --s2: #2f6f31; --s3: #7a2f8f; --s4: #7d6608; --s5: #a01f4c;"""
+DARK = """--ink: #e6edf3; --soft: #9aa5b1; --page: #0f1419; --line: #30363d; --margin: #1f2933;
+  --s0: #6cb2ff; --s1: #ffa36b; --s2: #7ccf80; --s3: #d79bf0; --s4: #e3c65b; --s5: #ff8fb3;"""
+RULES = """svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+svg.sample { width: 2.75rem; height: .625rem; display: inline-block; vertical-align: middle; }
+.axis { stroke: var(--soft); } .grid { stroke: var(--line); stroke-width: .5; } .margin { fill: var(--margin); }
+.line { fill: none; stroke-width: 2; } .band { opacity: .14; stroke: none; } .seed { stroke: var(--soft); opacity: .45; }
+.dot { fill: var(--s0); } .minimum { stroke: var(--ink); stroke-width: 1.5; }
+""" + "\n".join(
+    f".line.s{i} {{ stroke: var(--s{i}); }} .band.s{i}, .marker.s{i} {{ fill: var(--s{i}); }}" for i in range(6)
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,23 @@ class Interval:
     low: float
     high: float
     single: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The finite points (x, y) that an optimizer visits, and what it is called."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Two shares of a gradient's length, what AGR takes and what batches differ by, and the layer's name."""
+
+    label: str
+    effect: float
+    noise: float
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -95,6 +134,107 @@ def draw_intervals(rows: Sequence[Interval], margin: float, title: str) -> str:
         parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{_signed(tick)}</text>')
     said = "; ".join(f"{row.label}: {row.middle:+.3g}, 95% interval {row.low:+.3g} to {row.high:+.3g}" for row in rows)
     return _svg(parts, bottom + 24, f"{title}: {said}")
+
+
+def draw_trajectories(
+    contours: Sequence[Sequence[tuple[float, float]]], trajectories: Sequence[Trajectory], minimum: tuple[float, float],
+    extent: tuple[float, float, float, float], title: str, seconds: float = 0.0,
+) -> str:  # fmt: skip
+    """Trajectories over contour lines, each with a marker at its last point; a cross at the minimum.
+
+    Args:
+        extent: left, right, bottom and top of the picture.
+        seconds: how long the lines take to appear, each step in the same time; 0 draws them at once.
+    """
+    left, right, bottom, top = extent
+    high, low = 8, 420
+    scale_x, scale_y = (WIDTH - RIGHT - LEFT) / (right - left), (low - high) / (top - bottom)
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        # Far away is as good as out of sight; SVG's numbers end at those of float32.
+        x, y = LEFT + (point[0] - left) * scale_x, low - (point[1] - bottom) * scale_y
+        return min(max(x, -1e4), 1e4), min(max(y, -1e4), 1e4)
+
+    def join(points: Sequence[tuple[float, float]]) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
+
+    clip = f"plot-{abs(hash((title, seconds, tuple(one.label for one in trajectories)))):x}"
+    lines = "".join(f"M{join(line)}" for line in contours)
+    parts = [
+        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{high}" width="{WIDTH - RIGHT - LEFT}" height="{low - high}"/>'
+        "</clipPath>",
+        f'<g clip-path="url(#{clip})"><path class="grid contour" fill="none" d="{lines}"/>',
+    ]
+    markers = []
+    for index, one in enumerate(trajectories):
+        name = f"<title>{escape(one.label)}</title>"
+        shown = one.points[:: max(1, len(one.points) // KEYFRAMES)]
+        shown = [*shown, one.points[-1]]
+        last = ",".join(f"{value:.1f}" for value in place(one.points[-1]))
+        grows = moves = dashes = ""
+        if seconds:
+            timing = f'dur="{seconds:g}s" fill="freeze"'
+            places = [place(point) for point in shown]
+            lengths = list(accumulate((math.dist(*pair) for pair in pairwise(places)), initial=0.0))
+            rest = ";".join(f"{1 - length / (lengths[-1] or 1.0):.4f}" for length in lengths)
+            dashes = ' pathLength="1" stroke-dasharray="1 1"'
+            grows = f'<animate attributeName="stroke-dashoffset" values="{rest}" {timing}/>'
+            stops = ";".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            moves = f'<animateTransform attributeName="transform" type="translate" values="{stops}" {timing}/>'
+        parts.append(
+            f'<polyline class="line s{index % 6}"{dashes} points="{join(shown if seconds else one.points)}">'
+            f"{name}{grows}</polyline>"
+        )
+        markers.append(
+            f'<path class="marker s{index % 6}" d="{MARKERS[index % 4]}" transform="translate({last})">{name}{moves}</path>'
+        )
+    x, y = place(minimum)
+    parts += [*markers, f'<path class="minimum" d="M{x - 11:.1f},{y:.1f}h22M{x:.1f},{y - 11:.1f}v22"/>', "</g>"]
+    for tick in ticks(left, right):
+        parts.append(f'<text x="{place((tick, 0))[0]:.1f}" y="{low + 18}" text-anchor="middle">{tick:g}</text>')
+    for tick in ticks(bottom, top):
+        parts.append(f'<text x="{LEFT - 6}" y="{place((0, tick))[1] + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    ends = "; ".join(f"{one.label} ends at ({one.points[-1][0]:.3g}, {one.points[-1][1]:.3g})" for one in trajectories)
+    return _svg(parts, low + 26, f"{title}: {ends}")
+
+
+def draw_shares(rows: Sequence[Shares], title: str) -> str:
+    """A row for each layer: a dot at AGR's effect and a bar at the batches' noise, on a logarithmic scale to 100%."""
+    top, height = 6, 38
+    bottom = top + height * len(rows)
+    smallest = min((value for row in rows for value in (row.effect, row.noise) if value > 0), default=0.1)
+    decades = range(min(-1, math.floor(math.log10(smallest))), 1)
+
+    def place(share: float) -> float:
+        reach = 1 - max(math.log10(share), decades[0]) / decades[0] if share > 0 else 0.0
+        return 24 + min(reach, 1.0) * (WIDTH - 48)
+
+    parts = []
+    for decade in decades:
+        x = place(10.0**decade)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        if decade % max(1, len(decades) // 5) == 0:
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{100 * 10.0**decade:g}%</text>')
+    for index, row in enumerate(rows):
+        y = top + height * index + 28
+        effect, noise = place(row.effect), place(row.noise)
+        parts += [
+            f'<text x="24" y="{y - 10}">{escape(row.label)}</text>',
+            f'<line class="grid" x1="24" x2="{WIDTH - 24}" y1="{y}" y2="{y}"/>',
+            f'<line class="axis" stroke-width="3" x1="{noise:.1f}" x2="{noise:.1f}" y1="{y - 7}" y2="{y + 7}"/>',
+            f'<circle class="dot" cx="{effect:.1f}" cy="{y}" r="4.5"/>',
+        ]
+    said = "; ".join(f"{row.label}: effect {100 * row.effect:.2g}%, noise {100 * row.noise:.2g}%" for row in rows)
+    return _svg(parts, bottom + 24, f"{title}: {said}")
+
+
+def draw_marker(index: int) -> str:
+    """The marker of a trajectory, for a legend."""
+    return (
+        '<svg class="sample" viewBox="-22 -7 44 14" aria-hidden="true">'
+        f'<line class="line s{index % 6}" x1="-20" x2="0" y1="0" y2="0"/>'
+        f'<path class="marker s{index % 6}" d="{MARKERS[index % 4]}"/></svg>'
+    )
 
 
 def _signed(value: float) -> str:

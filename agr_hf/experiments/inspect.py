@@ -49,15 +49,19 @@ class Layer:
     log_std: float | None
 
 
-def load_model(name: str, pretrained: bool = False) -> nn.Module:
+def load_model(
+    name: str, pretrained: bool = False, *, safetensors_only: bool = False, max_parameters: float = float("inf")
+) -> nn.Module:
     """A model by the name of a local folder, of timm, or of the Hub (in this order). Remote code is never run.
 
     Args:
         name: a folder that `save_pretrained` wrote, a timm architecture, or a Hub id.
         pretrained: whether a timm architecture comes with its pretrained weights instead of its own initialisation.
+        safetensors_only: whether weights in another format are refused.
+        max_parameters: a model with more is refused before its weights are loaded.
 
     Raises:
-        ValueError: there is no such model, or it could not be loaded without a network.
+        ValueError: there is no such model, it has too many parameters, or it could not be loaded without a network.
     """
     import transformers
 
@@ -69,12 +73,20 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
 
         register_small_image_models()
         if not Path(name).is_dir() and timm.is_model(name):
+            _check_size(name, lambda: timm.create_model(name), max_parameters)
             model: nn.Module = timm.create_model(name, pretrained=pretrained)
             return model
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        cls = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
-        loaded: nn.Module = cls.from_pretrained(name, trust_remote_code=False)
+        cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            cls = transformers.AutoModel
+        _check_size(name, lambda: getattr(cls, "from_config", cls)(config), max_parameters)
+        loaded: nn.Module = cls.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True if safetensors_only else None
+        )
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         of_timm = "no architecture of timm" if find_spec("timm") else "timm is not installed (pip install timm)"
         raise UserError(
@@ -82,6 +94,18 @@ def load_model(name: str, pretrained: bool = False) -> nn.Module:
             f"({str(error).splitlines()[0]})"
         ) from error
     return loaded
+
+
+def _check_size(name: str, build: Callable[[], nn.Module], max_parameters: float) -> None:
+    """Refuse a model that is too large, which is built without memory for its weights."""
+    if max_parameters == float("inf"):
+        return
+    with torch.device("meta"):
+        count = sum(param.numel() for param in build().parameters())
+    if count > max_parameters:
+        raise UserError(
+            f"{name!r} has {count:,} parameters, and at most {max_parameters:,.0f} are allowed here; run agr-hf inspect"
+        )
 
 
 def random_batches(model: Any, batch_size: int, count: int) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agr_hf.errors import UserError
+from agr_hf.experiments import charts
 from agr_hf.experiments.charts import Interval, Series, draw_curves, draw_intervals, sample
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.registry import OPTIMIZERS
@@ -79,6 +80,11 @@ def read_comparison(folder: Path) -> dict[str, Any]:
         found["comparisons"], found["cells"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no finished comparison of agr-hf compare ({error})") from None
+    for cell in found["cells"]:
+        if "/" in cell["folder"] or cell["folder"].startswith("."):  # a comparison may come from a stranger
+            raise UserError(
+                f"{folder} has runs in {cell['folder']!r}; it must be a folder's name, without / and leading dot"
+            )
     runs: dict[str, list[dict[str, Any]]] = {}
     for cell in found["cells"]:
         for path in sorted((folder / "runs" / cell["folder"]).glob("seed-*/results.json")):
@@ -171,7 +177,7 @@ def html_report(parts: Sequence[Mapping[str, Any]]) -> str:
     text = files("agr_hf.experiments").joinpath("report.html.jinja").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
     title = "Does it help? " + ", ".join(dict.fromkeys(found["script"] for found in parts)) + ", paired over seeds"
-    return template.render(title=title, parts=[_part(found) for found in parts]) + "\n"
+    return template.render(title=title, style=charts, parts=[_part(found) for found in parts]) + "\n"
 
 
 def _part(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,14 @@ def trajectory(function: TestFunction, optimizer: str, lr: float, steps: int) ->
     return torch.stack(points)
 
 
+def sample_heights(function: TestFunction, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y and the heights for contour lines on a grid of count x count points; logarithms where the function says so."""
+    left, right, bottom, top = function.extent
+    x, y = torch.meshgrid(torch.linspace(left, right, count), torch.linspace(bottom, top, count), indexing="xy")
+    heights = function.value(torch.stack([x, y], dim=-1))
+    return x, y, heights.add(1e-3).log() if function.logarithmic else heights
+
+
 def squared_distance(function: TestFunction, points: Tensor) -> float:
     """From the last point to the minimum; infinite where the run left the numbers."""
     distance = (points[-1] - torch.tensor(function.minimum, dtype=torch.float64)).square().sum().item()

@@ -1,0 +1,441 @@
+"""`agr-hf app`: trajectories, AGR's effect on a model's layers, and reports of comparisons, in a browser.
+
+What a visitor enters is a stranger's: models are loaded without remote code and from safetensors only, and files are read
+below one folder only. The functions that return HTML need no Gradio; `build_app` puts an interface around them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from html import escape
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from agr_hf.errors import UserError
+from agr_hf.experiments import charts
+from agr_hf.experiments.inspect import Batch, Layer, load_model, measure, random_batches, verdict
+from agr_hf.experiments.report import html_report, read_comparison
+from agr_hf.optim.registry import OPTIMIZERS, create_optimizer, list_optimizers, optimizer_info
+from agr_hf.tasks.functions import FUNCTIONS, TestFunction, sample_heights, squared_distance, trajectory
+
+DEPTH = 3  # folders below the one that is given in which models and comparisons are looked for
+ROWS = 4  # optimizers in a picture
+MAX_STEPS = 1000
+MAX_BATCHES, MAX_BATCH_SIZE = 16, 16
+MAX_PARAMETERS = 200_000_000  # 2.4 GB for weights, gradients and their mean
+SHOWN_LAYERS = 20
+SECONDS = 5.0  # of the animation
+DEMO_MODEL = "a small ViT on digits"
+# A name of timm, or an id of the Hub.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+STYLE = f"""<style>
+.agr-chart {{ {charts.LIGHT} color: var(--ink); line-height: 1.5; overflow-wrap: anywhere; }}
+.dark .agr-chart {{ {charts.DARK} }}
+.agr-chart.agr-chart {{
+{charts.RULES}
+svg {{ width: 100%; max-width: 40rem; height: auto; display: block; }}
+svg.sample {{ width: 2.25rem; height: .875rem; display: inline-block; }}
+.contour {{ stroke: var(--soft); stroke-width: .7; opacity: .55; }} .soft {{ color: var(--soft); }}
+p {{ margin: .5rem 0; }} figure {{ margin: .5rem 0; }} .scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; margin: .75rem 0; font-size: .875rem; }}
+caption {{ text-align: left; color: var(--soft); padding-bottom: .3rem; }}
+th, td {{ text-align: left; font-weight: normal; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }}
+thead th {{ font-weight: 600; white-space: normal; vertical-align: bottom; overflow-wrap: normal; }}
+th:has(code) {{ white-space: normal; min-width: 9rem; }} tr > :last-child {{ padding-right: 0; }}
+th.number, td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+code {{ font: .875em ui-monospace, monospace; }}
+iframe {{ width: 100%; height: 80vh; border: 1px solid var(--line); border-radius: 6px; color-scheme: light; }}
+@media (max-width: 500px) {{ svg text {{ font-size: 15px; }} }}
+}}
+.dark .agr-chart iframe {{ color-scheme: dark; }}
+input[role=listbox] {{ text-overflow: ellipsis; }}
+</style>"""
+
+
+# ------------------------------------------------------------------------------------------------ trajectories
+
+
+def show_trajectories(
+    function_name: str, rows: Sequence[tuple[str | None, float | None]], steps: float, animated: bool = True
+) -> str:
+    """HTML: the trajectories of optimizers over a function's contour lines, and how near they end to the minimum.
+
+    Args:
+        function_name: one of `FUNCTIONS`.
+        rows: names and learning rates of optimizers; rows without a name are left out.
+        steps: of each optimizer, 1 to 1,000.
+        animated: whether the lines appear step by step.
+
+    Raises:
+        UserError: an input is not allowed, or no optimizer is given.
+    """
+    if function_name not in FUNCTIONS:
+        raise UserError(f"there is no function {function_name!r}; choose one of {', '.join(FUNCTIONS)}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"{steps:g} steps are not allowed; choose 1 to {MAX_STEPS:,} steps")
+    chosen = [(optimizer_info(name).title, name, rate) for name, rate in rows if name]
+    if not chosen:
+        raise UserError("no optimizer is chosen; choose one in at least one row")
+    for title, _, rate in chosen:
+        if rate is None or not 0 < rate <= 100:
+            given = "no learning rate" if rate is None else f"the learning rate {rate:g}"
+            raise UserError(f"{title} has {given}; give a number above 0 and at most 100")
+    function = FUNCTIONS[function_name]
+    drawn, lines = [], []
+    for index, (title, name, rate) in enumerate(chosen):
+        points = trajectory(function, name, float(rate or 0), int(steps))
+        pairs: list[list[float]] = points.tolist()
+        finite = [(x, y) for x, y in takewhile(lambda pair: all(map(math.isfinite, pair)), pairs)]
+        distance = math.sqrt(squared_distance(function, points))
+        drawn.append(charts.Trajectory(f"{title}, learning rate {rate:g}", finite))
+        end = f"{distance:.2g}" if math.isfinite(distance) else "diverged"
+        lines.append(
+            f'<tr><th scope="row">{charts.draw_marker(index)} {escape(title)}</th><td class="number">{rate:g}</td>'
+            f'<td class="number">{end}</td></tr>'
+        )
+    picture = charts.draw_trajectories(
+        _contour_lines(function), drawn, function.minimum, function.extent,
+        f"{function_name}, {steps:g} steps", SECONDS if animated else 0.0,
+    )  # fmt: skip
+    table = (
+        f'<div class="scroll"><table><caption>Distance to the minimum after {steps:g} steps</caption>'
+        '<thead><tr><th scope="col">optimizer</th><th scope="col" class="number">learning rate</th>'
+        f'<th scope="col" class="number">distance</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+    note = (
+        '<p class="soft">The cross is the minimum. The gradient is clipped to norm 1 in each step. AGR applies to the point '
+        "itself here, which has two elements only: it takes a far larger share than from a weight matrix.</p>"
+    )
+    return f'<div class="agr-chart"><figure>{picture}</figure>{table}{note}</div>'
+
+
+@lru_cache
+def _contour_lines(function: TestFunction) -> list[list[tuple[float, float]]]:
+    from contourpy import contour_generator
+
+    x, y, heights = (values.numpy() for values in sample_heights(function, 150))
+    generator: Any = contour_generator(x, y, heights)
+    levels = numpy.quantile(heights, numpy.linspace(0.04, 0.96, 10))
+    return [[(float(a), float(b)) for a, b in line] for level in levels for line in generator.lines(level)]
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def find_models(root: Path) -> list[str]:
+    """Folders below `root`, relative to it, in which `save_pretrained` has written safetensors."""
+    return [name for name in _find(root, "config.json") if any((root / name).glob("*.safetensors"))]
+
+
+def show_layers(
+    root: Path, name: str, batches: float = 8, batch_size: float = 8, tick: Callable[[], object] = lambda: None
+) -> str:
+    """HTML: AGR's effect on each layer of a model, against the noise of the batches.
+
+    Args:
+        root: the folder below which models are read.
+        name: `DEMO_MODEL`, one of `find_models(root)`, a timm architecture, or a Hub id.
+        batches, batch_size: how much is measured.
+        tick: is called after each batch.
+
+    Raises:
+        UserError: an input is not allowed, or the model could not be loaded or measured.
+    """
+    if not 2 <= batches <= MAX_BATCHES:
+        raise UserError(f"{batches:g} batches are not allowed; choose 2 to {MAX_BATCHES}")
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise UserError(f"batches of {batch_size:g} are not allowed; choose 1 to {MAX_BATCH_SIZE} examples")
+    count, size = int(batches), int(batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _trained_demo_model() if name == DEMO_MODEL else _load_model(root, name)
+        torch.manual_seed(0)  # the same batches, whether the model was kept or not
+        if name == DEMO_MODEL:
+            source, what = _digit_batches(size, count), "batches of digits"
+        else:
+            source, what = random_batches(model, size, count), "random batches"
+        layers = measure(model, source, tick)
+    shown = [charts.Shares(f"{la.name} ({la.numel:,})", la.effect, la.noise) for la in layers[:SHOWN_LAYERS]]
+    title = f"{count} {what} of {size}"
+    parts = [
+        f"<p>{escape(verdict(layers))}</p>",
+        '<p class="soft">Dot: the share of the gradient that AGR takes away, ‖Ψ(g) − g‖ / ‖g‖. Bar: how much the gradient '
+        f"of one batch differs from the mean of all. Medians of {title}"
+        + (f"; the {SHOWN_LAYERS} layers with the largest effect." if len(layers) > SHOWN_LAYERS else ".")
+        + "</p>",
+        f"<figure>{charts.draw_shares(shown, title)}</figure>",
+        _layers_table(layers),
+    ]
+    if name != DEMO_MODEL:
+        parts.append(
+            '<p class="soft">Random batches have random labels. For the gradients of training, run '
+            "<code>agr-hf inspect MODEL --dataset FILE</code>.</p>"
+        )
+    return f'<div class="agr-chart">{"".join(parts)}</div>'
+
+
+def _layers_table(layers: Sequence[Layer]) -> str:
+    heads = ["weights", "effect", "largest share", "noise", "zeros"]
+    lines = [
+        f'<tr><th scope="row"><code>{escape(la.name)}</code></th><td class="number">{la.numel:,}</td>'
+        f'<td class="number">{la.effect:.1e}</td><td class="number">{la.largest_share:.1e}</td>'
+        f'<td class="number">{la.noise:.2f}</td><td class="number">{100 * la.zeros:.0f}%</td></tr>'
+        for la in layers
+    ]
+    columns = "".join(f'<th scope="col" class="number">{head}</th>' for head in heads)
+    return (
+        f'<div class="scroll"><table><thead><tr><th scope="col">layer</th>{columns}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _load_model(root: Path, name: str) -> nn.Module:
+    """A model below `root` or one of timm or the Hub; no other local folder."""
+    if name in find_models(root):
+        path = str(_inside(root, name))
+    elif MODEL_NAME.fullmatch(name) and not Path(name).exists():
+        path = name
+    else:
+        raise UserError(
+            f"{name!r} is not allowed; choose a model from the list, or enter an architecture of timm or a Hub id"
+        )
+    return load_model(path, safetensors_only=True, max_parameters=MAX_PARAMETERS)
+
+
+@lru_cache(maxsize=1)
+def _trained_demo_model() -> nn.Module:
+    """The demo's network after one pass over the digits: gradients of a new network say little."""
+    from agr_hf.tasks.classifiers import classifier
+
+    model = classifier("vit-micro", 8, 1, [str(digit) for digit in range(10)], (), ())
+    optimizer = create_optimizer("agr_adamw", model, lr=2e-3)
+    for batch in _digit_batches(64, 16):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model
+
+
+def _digit_batches(batch_size: int, count: int) -> Iterator[Batch]:
+    from agr_hf.tasks.digits import load_digits
+
+    data = load_digits()["train"]
+    for rows in torch.randperm(len(data))[: batch_size * count].split(batch_size):
+        yield {"pixel_values": data.pixel_values[rows], "labels": data.labels[rows]}
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+def find_comparisons(root: Path) -> list[str]:
+    """Folders below `root`, relative to it, with a `comparison.json` of `agr-hf compare`."""
+    return _find(root, "comparison.json")
+
+
+def show_report(root: Path, name: str | None) -> str:
+    """HTML: the report of a comparison, in a frame that runs no script.
+
+    Args:
+        root: the folder below which comparisons are read.
+        name: one of `find_comparisons(root)`.
+
+    Raises:
+        UserError: there is no such comparison, or it is not complete.
+    """
+    if name not in find_comparisons(root):
+        raise UserError(f"there is no comparison {name!r} below the folder of the app; choose one from the list")
+    folder = _inside(root, name)
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            _inside(root, str(path.relative_to(root.resolve())))
+    try:
+        page = html_report([read_comparison(folder)])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the comparison {name!r} could not be read; agr-hf compare did not write it so") from error
+    frame = f'<iframe sandbox="" title="report of {escape(name)}" srcdoc="{escape(page)}"></iframe>'
+    return f'<div class="agr-chart">{frame}</div>'
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _find(root: Path, file: str) -> list[str]:
+    """Folders at most `DEPTH` below `root` that hold a file and are not hidden; "." is `root` itself."""
+    found = []
+    for depth in range(DEPTH + 1):
+        for path in sorted(root.glob("/".join(["*"] * depth + [file]))):
+            name = path.parent.relative_to(root)
+            inside = path.resolve().is_relative_to(root.resolve())
+            if inside and not any(part.startswith(".") for part in name.parts):
+                found.append(name.as_posix())
+    return found
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The path of a name below `root`; a UserError for one that leads out of it."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise UserError(f"{name!r} leads out of the folder of the app; only files below that folder are read")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ the interface
+
+
+def build_app(root: Path) -> Any:
+    """The interface as Gradio's `Blocks`; `run_app` and a Space start it.
+
+    Args:
+        root: the folder below which models and comparisons are read.
+
+    Raises:
+        UserError: there is no such folder, or Gradio is not installed.
+    """
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "gradio is not installed; install what agr-hf app needs, in a checkout of agr_hf: pip install '.[app]'"
+        ) from error
+    if not root.is_dir():
+        raise UserError(
+            f"there is no folder {str(root)!r}; give one with models and comparisons, or none for this folder"
+        )
+
+    def in_a_sentence(show: Callable[..., str], *arguments: Any) -> str:
+        try:
+            return show(*arguments)
+        except UserError as error:
+            raise gradio.Error(escape(str(error)), duration=None, print_exception=False) from None
+
+    def on_trajectories(function: str, steps: float, animated: bool, *fields: Any) -> str:
+        rows = list(zip(fields[::2], fields[1::2], strict=True))
+        return in_a_sentence(show_trajectories, function, rows, steps, animated)
+
+    def on_layers(name: str, batches: float, batch_size: float, progress: Any = gradio.Progress()) -> str:  # noqa: B008
+        done = iter(range(1, MAX_BATCHES + 1))
+        return in_a_sentence(
+            show_layers,
+            root,
+            name or "",
+            batches,
+            batch_size,
+            lambda: progress((next(done), int(batches)), unit="batches"),
+        )
+
+    def on_report(name: str | None) -> str:
+        return in_a_sentence(show_report, root, name)
+
+    def on_load() -> tuple[Any, Any, Any]:
+        comparisons = find_comparisons(root)
+        return (
+            gradio.update(choices=[DEMO_MODEL, *find_models(root)]),
+            gradio.update(
+                choices=comparisons, value=comparisons[0] if comparisons else None, visible=bool(comparisons)
+            ),
+            gradio.update(visible=not comparisons),
+        )
+
+    optimizers = [(OPTIMIZERS[name].title, name) for name in list_optimizers()]
+    first = [("adamw", 0.1), ("agr_adamw", 0.1), ("adal", 0.1), (None, 0.1)]
+    with gradio.Blocks(title="AGR and AdaL", analytics_enabled=False) as app:
+        gradio.Markdown("# AGR and AdaL\nOptimizers that use the l1 norm of each layer’s gradient.")
+        with gradio.Tab("Trajectories"), gradio.Row():
+            with gradio.Column(scale=2, min_width=300):
+                function = gradio.Dropdown(list(FUNCTIONS), value="rosenbrock", label="Function")
+                fields: list[Any] = []
+                for index, (name, rate) in enumerate(first):
+                    with gradio.Row():
+                        chosen = gradio.Dropdown(
+                            [("none", ""), *optimizers],
+                            value=name or "",
+                            label=f"Optimizer {index + 1}",
+                            scale=3,
+                            min_width=170,
+                        )
+                        fields += [
+                            chosen,
+                            gradio.Number(rate, label="Learning rate", minimum=0, scale=2, min_width=110),
+                        ]
+                steps = gradio.Slider(10, MAX_STEPS, value=200, step=10, label="Steps")
+                animated = gradio.Checkbox(True, label="Draw step by step")
+                run = gradio.Button("Run", variant="primary")
+            with gradio.Column(scale=3, min_width=300):
+                picture = gradio.HTML(elem_id="trajectories", apply_default_css=False)
+        with gradio.Tab("Layers"), gradio.Row():
+            with gradio.Column(scale=2, min_width=300):
+                model = gradio.Dropdown(
+                    [DEMO_MODEL], value=DEMO_MODEL, label="Model", allow_custom_value=True,
+                    info="From the list, or an architecture of timm (resnet18) or a Hub id (user/name)",
+                )  # fmt: skip
+                batches = gradio.Slider(2, MAX_BATCHES, value=8, step=1, label="Batches")
+                batch_size = gradio.Slider(1, MAX_BATCH_SIZE, value=8, step=1, label="Examples in a batch")
+                measured = gradio.Button("Measure", variant="primary")
+            with gradio.Column(scale=3, min_width=300):
+                layers = gradio.HTML(elem_id="layers", apply_default_css=False)
+        with gradio.Tab("Reports"):
+            comparison = gradio.Dropdown([], label="Comparison")
+            empty = gradio.Markdown(
+                "There is no comparison in the folder of the app. This command makes one in minutes; then reload the page: "
+                "`agr-hf compare functions --optim adamw adal --seeds 8 --output comparisons/first`",
+                visible=False,
+            )
+            report = gradio.HTML(elem_id="report", apply_default_css=False)
+        private: Any = {"api_visibility": "private"}
+        ways = [function, steps, animated, *fields]
+        run.click(on_trajectories, ways, picture, **private)
+        measured.click(on_layers, [model, batches, batch_size], layers, **private)
+        comparison.change(on_report, comparison, report, **private)
+        app.load(on_load, None, [model, comparison, empty], **private)
+        app.load(on_trajectories, ways, picture, **private)
+    # One computation at a time: each may take all cores.
+    app.queue(max_size=16, default_concurrency_limit=1)
+    return app
+
+
+def run_app(root: Path, port: int | None = None, say: Callable[[str], None] = print) -> None:
+    """Serve the app until it is interrupted, on this machine only unless GRADIO_SERVER_NAME says otherwise.
+
+    Args:
+        root: the folder below which models and comparisons are read.
+        port: of the server; None takes the first free one from 7860 on.
+        say: takes the line with the address.
+    """
+    app, address = start_app(root, port)
+    say(f"The app is at {address}. Stop it with Ctrl-C.")
+    app.block_thread()
+
+
+def start_app(root: Path, port: int | None = None) -> tuple[Any, str]:
+    """Start the app in a thread of its own; returns it and its address.
+
+    Raises:
+        UserError: see `build_app`; or the port is in use.
+    """
+    app = build_app(root)
+    import gradio
+
+    # Fonts of the system: no network.
+    theme = gradio.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, address, _ = app.launch(
+            share=False, server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, footer_links=[],
+            theme=theme, head=STYLE, max_file_size="1mb",
+        )  # fmt: skip
+    except OSError as error:
+        given = "no port from 7860 on is free" if port is None else f"port {port} is in use"
+        raise UserError(f"{given}; choose another one with --port ({error})") from error
+    return app, address
