@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ multiprocessing.set_forkserver_preload(
 # No deadline: machines that run tests are shared.
 settings.register_profile("agr_hf", deadline=None)
 settings.load_profile("agr_hf")
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_of_a_run():
+    """`agr-hf run` changes the process that it runs in, and those that it starts; the tests of others follow in it."""
+    config = multiprocessing.current_process()._config
+    yield
+    config.pop("agr_hf", None)
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is not None:
+        from agr_hf.integrations.callbacks import AutomaticRecord
+
+        trainer.DEFAULT_CALLBACKS[:] = [kept for kept in trainer.DEFAULT_CALLBACKS if kept is not AutomaticRecord]
 
 
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)

@@ -98,7 +98,7 @@ def make_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
-make_ema = make_ema  # its name in 0.1
+ema_of = make_ema  # its name in 0.1
 
 
 def clip_grad_norm_(

@@ -57,10 +57,9 @@ def trained(folder, *, optimizer=None, callbacks=(), evaluated=True, **options):
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def script(tmp_path):
     path = tmp_path / "it.py"
-    path.write_text(SCRIPT)
+    path.write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{SCRIPT}")
     return path
 
 
