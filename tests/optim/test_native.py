@@ -21,7 +21,7 @@ from agr_hf.optim.registry import OPTIMIZERS
 pytestmark = pytest.mark.skipif(bool(native.WHY_NOT), reason=f"the native step was not built: {native.WHY_NOT}")
 
 NAMES = [name for name, info in OPTIMIZERS.items() if getattr(info.cls, "native_rule", None)]
-CHUNK, RUN = 65_536, 262_144  # of native.c
+CHUNK, RUN = 65_536, 524_288  # of native.c
 SHAPES = [
     (0, 3),
     (1, 1),

@@ -35,7 +35,8 @@ enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_B
 #define STATES 4
 #define NUMBERS 16     /* numbers of a class: a group and step count */
 #define CHUNK 65536    /* elements summed or updated at a time: 256 KiB of float32 */
-#define RUN 262144     /* elements of a run for one or two threads: 1 MiB of float32 gradients; more threads, longer runs */
+#define UNIT 16384     /* elements of small tensors that a thread takes at a time: with larger ones, threads wait for the last */
+#define RUN 524288     /* elements of a run for one or two threads: 2 MiB of float32 gradients; more threads, longer runs */
 #define AHEAD_CHUNKS 3 /* where many small tensors are updated, their memory is asked for so many tensors ahead */
 #define AHEAD_BYTES 512
 #define SMALL 65536    /* elements a thread is worth starting for */
@@ -324,7 +325,7 @@ static int cut(job_t *j, int64_t total, int threads) {
         if (in_run && in_run + numel > run_length) j->run_unit[++j->runs] = j->units, in_run = in_unit = 0;
         for (int64_t at = 0; at < numel; at += CHUNK) {
             int64_t n = numel - at < CHUNK ? numel - at : CHUNK;
-            if (!in_unit || in_unit + n > CHUNK) j->unit_chunk[j->units++] = j->chunks, in_unit = 0;
+            if (!in_unit || in_unit + n > UNIT) j->unit_chunk[j->units++] = j->chunks, in_unit = 0;
             j->chunk_row[j->chunks] = row;
             j->chunk_at[j->chunks++] = at;
             in_unit += n, in_run += n;
