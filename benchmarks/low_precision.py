@@ -144,6 +144,8 @@ def summarize(runs: dict, margin: float) -> list[dict]:
     """A row of each variant, compared with float32 over the seeds that both have."""
     rows, compared = [], []
     for variant, by_seed in runs.items():
+        if not by_seed:
+            continue
         losses = {int(seed): run["loss"] for seed, run in by_seed.items()}
         rows.append(
             {
@@ -177,6 +179,7 @@ def print_table(name: str, rows: list[dict], margin: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument(
         "--margin", type=float, default=0.02, help="a difference of the loss that does not matter (0.02)"
@@ -188,9 +191,9 @@ def main() -> None:
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"workloads": {}}
     for name in arguments.workloads:
         workload = WORKLOADS[name]()
-        runs = results["workloads"].setdefault(name, {"runs": {variant: {} for variant in VARIANTS}})["runs"]
+        runs = results["workloads"].setdefault(name, {"runs": {}})["runs"]
         for seed in range(arguments.seeds):
-            for variant in VARIANTS:
+            for variant in arguments.variants:
                 if str(seed) in runs.setdefault(variant, {}):
                     continue
                 runs[variant][str(seed)] = train(workload, variant, seed)
