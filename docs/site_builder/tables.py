@@ -147,7 +147,7 @@ def describe_precision(_: str) -> str:
             for row in workload["table"]
         ]
         head = ["parameters", "bytes of a parameter", "validation loss", "above float32, 95% interval", "verdict"]
-        texts.append(f"{titles[name]}, {workload['table'][0]['n']} seeds:\n\n{make_table(head, rows)}")
+        texts.append(f"{titles[name]}, {min(row['n'] for row in workload['table'])} seeds:\n\n{make_table(head, rows)}")
     conditions = (
         f"The bytes are of a parameter, its gradient and its state. A difference of {found['margin']} does not matter here. "
         f"Measured by `python benchmarks/low_precision.py` on {found['environment']['device']}, torch "
