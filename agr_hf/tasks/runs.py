@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,15 @@ def run_main(main: Callable[[], Any]) -> None:
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
+        has_gloo_threads = "gloo" in distributed.get_backend()
         distributed.destroy_process_group()
+        if has_gloo_threads:
+            # They outlive their group, and now and then abort a process that has finished its work while the interpreter
+            # ends (pytorch/pytorch#190489). What has to happen at the end happens here.
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def refuse_used(

@@ -43,7 +43,7 @@ def test_a_variant_holds_every_module_of_the_optimizers_and_no_import_of_the_pac
         variant = folder / "build" / f"torch-{backend}"
         assert modules <= {path.relative_to(variant) for path in variant.rglob("*.py")}
         assert json.loads((variant / "metadata.json").read_text())["backend"] == {"type": backend}
-    assert "from ...optim.part import Part" in (variant / "optim/backends/gpu.py").read_text()
+    assert "from ...optim.part import" in (variant / "optim/backends/gpu.py").read_text()
 
 
 @pytest.mark.parametrize(
