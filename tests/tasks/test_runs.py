@@ -78,14 +78,24 @@ def test_an_error_for_the_user_is_a_sentence_and_any_other_keeps_its_traceback()
         run_main(lambda: int("x", base=1))
 
 
-def test_processes_leave_their_group(tmp_path):
-    from torch import distributed
+def test_a_process_of_gloo_leaves_its_group_and_ends_where_its_work_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import atexit
+from torch import distributed
+from agr_hf.tasks.runs import run_main
 
-    def main():
-        distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+def main():
+    distributed.init_process_group("gloo", init_method="file://{tmp_path / "store"}", rank=0, world_size=1)
 
-    run_main(main)
-    assert not distributed.is_initialized()
+atexit.register(lambda: print("still in its group:", distributed.is_initialized()))
+run_main(main)
+print("what follows is not reached")
+"""
+    )
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "still in its group: False\n"), found.stderr
 
 
 @pytest.mark.parametrize("left", [1, 0])  # by ZeRO's stages 1 and 2, and by stage 3 between the steps
