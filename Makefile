@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .PHONY: demo test lint test-oldest test-slow test-gpu test-deepspeed test-sanitizers bench docs dist clean
-.PHONY: gpu-ready bench-gpu test-launch test-hosts test-kills test-postgres test-browser test-notebooks
+.PHONY: gpu-ready bench-gpu test-launch test-hosts test-kills test-postgres test-browser test-kernels test-notebooks
 
 demo: $(VENV)/installed
 	$(BIN)/agr-hf demo
@@ -72,7 +72,13 @@ test-postgres: $(VENV)/installed
 # The app in Chromium (Debian's package chromium); screenshots go to build/screenshots.
 test-browser: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[app]" playwright
+	$(BIN)/python -m pytest tests/test_app.py
 	$(BIN)/python -m pytest -m browser
+
+# The folder for the Kernel Hub, loaded by the library that loads it from there.
+test-kernels: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet kernels
+	$(BIN)/python -m pytest tests/optim/test_kernel_hub.py
 
 # Runs the notebooks in a copy; AGR_HF_KEEP_OUTPUT=1 writes their output into the files.
 test-notebooks: $(VENV)/installed

@@ -14,7 +14,7 @@ from test_report import EVIL, comparison
 
 from agr_hf.cli import main
 from agr_hf.errors import UserError
-from agr_hf.experiments import app, inspect
+from agr_hf.experiments import any_model, app, inspect
 from agr_hf.experiments.app import (
     DEMO_MODEL,
     build_app,
@@ -105,9 +105,9 @@ def test_the_layers_of_a_saved_model_are_those_that_inspect_measures(tmp_path):
     done = []
     html = show_layers(tmp_path, "models/mine", 2, 4, lambda: done.append(1))
     torch.manual_seed(0)
-    model = inspect.load_model(str(tmp_path / "models/mine"))
+    model = any_model.load_model(str(tmp_path / "models/mine"))
     torch.manual_seed(0)
-    layers = inspect.measure(model, inspect.random_batches(model, 4, 2))
+    layers = inspect.measure(model, any_model.random_batches(model, 4, 2))
     for layer in layers:
         assert layer.name in html
         assert f"{layer.effect:.1e}</td>" in html
@@ -129,9 +129,9 @@ def test_weights_in_a_pickle_are_not_loaded(tmp_path):
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path / "pickled")
     torch.save(model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
-    assert isinstance(inspect.load_model(str(tmp_path / "pickled")), type(model))
+    assert isinstance(any_model.load_model(str(tmp_path / "pickled")), type(model))
     with pytest.raises(UserError, match="safetensors"):
-        inspect.load_model(str(tmp_path / "pickled"), safetensors_only=True)
+        any_model.load_model(str(tmp_path / "pickled"), safetensors_only=True)
     assert find_models(tmp_path) == []
 
 
@@ -139,9 +139,9 @@ def test_a_model_that_is_too_large_is_refused_before_its_weights_are_read(tmp_pa
     digits_model(**SMALL).save_pretrained(tmp_path / "mine")
     (tmp_path / "mine/model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"parameters, and at most 100 are allowed here; run agr-hf inspect"):
-        inspect.load_model(str(tmp_path / "mine"), max_parameters=100)
+        any_model.load_model(str(tmp_path / "mine"), max_parameters=100)
     with pytest.raises(UserError, match=r"'resnet18' has 11,689,512 parameters"):
-        inspect.load_model("resnet18", max_parameters=1e6)
+        any_model.load_model("resnet18", max_parameters=1e6)
 
 
 @pytest.mark.parametrize(

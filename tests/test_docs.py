@@ -29,7 +29,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
         if not lacks:
             exec(compile(block, str(page), "exec"), namespace)
     if missing:
-        pytest.skip(f"blocks were left out, because {', '.join(sorted(missing))} is not installed")
+        names = " ".join(sorted(missing))
+        pytest.skip(f"all blocks but those with {names} ran: pip install {names}")
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from transformers import (
 
 from agr_hf import agr
 from agr_hf.cli import main
+from agr_hf.experiments import any_model
 from agr_hf.experiments import inspect as inspect_module
-from agr_hf.experiments.inspect import Layer, compute_loss, measure, random_batches, verdict
+from agr_hf.experiments.any_model import compute_loss, random_batches
+from agr_hf.experiments.inspect import Layer, measure, verdict
 from agr_hf.tasks.classifiers import classifier
 from agr_hf.tasks.digits import digits_model, load_digits
 
@@ -146,7 +148,8 @@ def test_a_folder_of_transformers_needs_no_timm_and_no_matplotlib(tmp_path, caps
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
     found = importlib.util.find_spec
-    monkeypatch.setattr(inspect_module, "find_spec", lambda name: None if name in absent else found(name))
+    for module in (inspect_module, any_model):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name in absent else found(name))
     arguments = ["inspect", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--batches", "2"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
@@ -190,7 +193,7 @@ def test_padding_is_no_label():
 def test_images_are_normalized_as_the_model_was_trained(tmp_path):
     from timm import create_model
 
-    from agr_hf.experiments.inspect import _normalization
+    from agr_hf.experiments.any_model import _normalization
 
     assert _normalization(create_model("resnet18"), "resnet18") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     model = classifier("resnet18", 8, 1, list("01"), (0.3,), (0.4,))

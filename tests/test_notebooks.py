@@ -65,7 +65,7 @@ def test_the_output_is_kept_without_errors_paths_tokens_and_warnings(notebook):
 def test_a_notebook_runs_from_top_to_bottom_in_three_minutes(notebook, tmp_path, monkeypatch):
     """With AGR_HF_KEEP_OUTPUT=1 its output goes into the file."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; make test-notebooks installs it")
-    nbformat = pytest.importorskip("nbformat")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed; make test-notebooks installs it")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed; make test-notebooks installs it")
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # pictures go into the output
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads wait for each other where the machine is shared

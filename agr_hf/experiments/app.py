@@ -21,7 +21,8 @@ from torch import nn
 
 from agr_hf.errors import UserError
 from agr_hf.experiments import charts
-from agr_hf.experiments.inspect import Batch, Layer, load_model, measure, random_batches, verdict
+from agr_hf.experiments.any_model import Batch, load_model, random_batches
+from agr_hf.experiments.inspect import Layer, measure, verdict
 from agr_hf.experiments.report import html_report, read_comparison
 from agr_hf.optim.registry import OPTIMIZERS, create_optimizer, list_optimizers, optimizer_info
 from agr_hf.tasks.functions import FUNCTIONS, TestFunction, sample_heights, squared_distance, trajectory

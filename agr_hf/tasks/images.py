@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,14 @@ from agr_hf.errors import UserError
 from agr_hf.integrations.epochs import EpochData
 from agr_hf.integrations.random_states import mixed_seed
 from agr_hf.tasks.digits import load_digits
+from agr_hf.tasks.pictures import (
+    find_image_column,
+    find_label_column,
+    open_image,
+    read_encoded,
+    read_size,
+    warn_of_broken,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -207,51 +214,14 @@ def load_images(
 
 def _own_size(rows: Any) -> int:
     """The size of the first image, where it can be that of a network."""
-    import datasets
-    from PIL import Image
-
-    column = next((name for name in ("image", "img") if name in rows.column_names), None)
+    column = find_image_column(rows)
     if column is None or not len(rows):
         return 224
-    if isinstance(rows.features[column], datasets.Image):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    value = rows[0][column]
     try:
-        with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as picture:
-            width, height = picture.size
-    except (OSError, TypeError, KeyError):
+        width, height = read_size(next(read_encoded(rows, column)))
+    except (OSError, SyntaxError, ValueError):
         return 224  # it will be named among those that cannot be read
     return width if width == height <= 224 else 224
-
-
-def open_image(content: bytes | Path) -> Any:
-    """A decoded PIL image, of encoded bytes or a file; 16-bit and float greys (PNG, TIFF) from 0 to 255.
-
-    Raises:
-        OSError, SyntaxError, ValueError: it is no image, or its grey values are out of range.
-    """
-    from PIL import Image
-
-    with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as file:
-        file.load()
-        return _eight_bits(file)
-
-
-def _eight_bits(picture: Any) -> Any:
-    """PIL alone would clip such grey values."""
-    import numpy
-    from PIL import Image
-
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    values = numpy.asarray(picture).astype(numpy.float64)
-    if picture.mode == "F":
-        if not (numpy.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise ValueError("float grey values must lie between 0 and 1")
-        return Image.fromarray((values * 255).round().astype(numpy.uint8))
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("integer grey values must lie between 0 and 65535")
-    return Image.fromarray((values / 257).round().astype(numpy.uint8))
 
 
 def _digits(augmentation: str, max_train: int | None, max_test: int | None, seed: int) -> ImageData:
@@ -353,22 +323,16 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
 
 def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, what: str) -> tuple[Tensor, Tensor]:
     """All images as one uint8 tensor (n, channels, size, size), and their labels; unreadable ones left out, and named."""
-    import datasets
     import numpy
     from PIL import Image
 
-    image_column = next((column for column in ("image", "img") if column in rows.column_names), None)
-    wanted = [source.label] if source else []
-    label_column = next((c for c in [*wanted, "label", "labels", "fine_label"] if c in rows.column_names), None)
+    image_column, label_column = find_image_column(rows), find_label_column(rows, source.label if source else None)
     if image_column is None or label_column is None:
         raise UserError(f"the {what} set has the columns {', '.join(rows.column_names)}; needed are image and label")
-    if isinstance(rows.features[image_column], datasets.Image):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     images, labels, broken = [], [], []
-    for i, row in enumerate(rows):
-        value = row[image_column]
+    for i, (content, label) in enumerate(zip(read_encoded(rows, image_column), rows[label_column], strict=True)):
         try:
-            picture = open_image(value["bytes"] if value["bytes"] is not None else Path(value["path"]))
+            picture = open_image(content)
             picture = picture.convert("L" if channels == 1 else "RGB")
             if picture.size != (size, size):
                 picture = picture.resize((size, size), Image.Resampling.BILINEAR)
@@ -377,15 +341,8 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
             broken.append(f"row {i} ({type(error).__name__})")
             continue
         images.append(torch.from_numpy(array.copy()).reshape(size, size, channels).permute(2, 0, 1))
-        labels.append(row[label_column])
-    if broken:
-        logger.warning(
-            "%d of %d images of the %s set cannot be read and are left out: %s",
-            len(broken),
-            len(rows),
-            what,
-            ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else ""),
-        )
+        labels.append(label)
+    warn_of_broken(broken, len(rows), f"the {what} set")
     stacked = torch.stack(images).contiguous() if images else torch.empty(0, channels, size, size, dtype=torch.uint8)
     return stacked, torch.tensor(labels, dtype=torch.int64)
 
@@ -393,9 +350,7 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
 def _label_names(rows: Any, source: ImageSource | None, labels: Tensor) -> list[str]:
     import datasets
 
-    column = next(
-        (c for c in ([source.label] if source else []) + ["label", "labels", "fine_label"] if c in rows.features), ""
-    )
+    column = find_label_column(rows, source.label if source else None)
     feature = rows.features.get(column)
     if isinstance(feature, datasets.ClassLabel) and (source is None or feature.num_classes == source.classes):
         return list(feature.names)

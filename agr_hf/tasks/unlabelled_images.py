@@ -13,7 +13,8 @@ from torch import Tensor
 
 from agr_hf.errors import UserError
 from agr_hf.tasks.digits import load_digits
-from agr_hf.tasks.images import SOURCES, open_image
+from agr_hf.tasks.images import SOURCES
+from agr_hf.tasks.pictures import find_image_column, open_image, read_encoded, warn_of_broken
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +75,7 @@ def load_unlabelled_images(
                 raise UserError(f"{name} of {source} is {width}x{height} and not square; pass size (--resolution)")
             size = height
         images.append(picture)
-    if broken:
-        logger.warning(
-            "%d of %d images of %s cannot be read and are left out: %s",
-            len(broken),
-            len(broken) + len(images),
-            source,
-            ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else ""),
-        )
+    warn_of_broken(broken, len(broken) + len(images), source)
     if not images:
         raise UserError(f"{source} has no image that can be read; pass another file, folder or Hub id, or 'digits'")
     return torch.stack(images)
@@ -148,13 +142,12 @@ def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[tuple[s
             f"{(str(error) or type(error).__name__).splitlines()[0]} Without a network, pass --train_data with a parquet "
             "file or a folder of images, or --dataset_name digits"
         ) from error
-    column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    column = find_image_column(rows)
     if column is None:
         raise UserError(
             f"the data set {source!r} has no column of images; its columns are {', '.join(rows.column_names)}"
         )
-    for i, row in enumerate(rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))):
-        yield f"row {i}", row[column]["bytes"] or Path(row[column]["path"])
+    yield from ((f"row {i}", content) for i, content in enumerate(read_encoded(rows, column)))
 
 
 def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:

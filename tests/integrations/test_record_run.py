@@ -211,18 +211,19 @@ def test_metrics_in_tables_and_of_numpy_are_recorded(tmp_path):
     assert (metrics["PER_f1"], metrics["PER_number"], metrics["ok"]) == (0.5, 3, 0.25)
 
 
-def test_arguments_keep_no_secret_and_no_path(monkeypatch):
+def test_arguments_keep_no_secret(tmp_path, monkeypatch):
+    data = str(tmp_path / "data.csv")
     argv = ["conf.yaml", "--lr", "1e-3", "--flag", "--layers", "1", "2", "--wandb_api_key", "abc",
             "--hub-token=x", "-c", "3", "--offset", "-1", "--password", "p q", "logger.api_key=abc",
-            "--data", "/home/me/data.csv"]  # fmt: skip
+            "--data", data]  # fmt: skip
     main_module = sys.modules["__main__"]
-    monkeypatch.setattr(main_module, "__file__", "/home/me/it.py", raising=False)
+    monkeypatch.setattr(main_module, "__file__", str(tmp_path / "it.py"), raising=False)
     monkeypatch.setattr(main_module, "__spec__", None)
     script, found = script_arguments(argv)
     assert script == "it.py"
     assert found == {
         "": "conf.yaml", "lr": "1e-3", "flag": [], "layers": ["1", "2"], "-c": "3", "offset": "-1",
-        "data": "/home/me/data.csv",
+        "data": data,
     }  # fmt: skip
     monkeypatch.setattr(main_module, "__spec__", SimpleNamespace(name="trl.scripts.sft"))
     assert script_arguments(argv)[0] == "-m trl.scripts.sft"
@@ -232,13 +233,13 @@ def test_arguments_keep_no_secret_and_no_path(monkeypatch):
 
 def test_the_written_file_has_no_secret_and_no_path(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "sesame-open-up")
-    argv = ["it.py", "--auth_token", "tokentoken", "--note", "sesame-open-up", "--data", "/home/me/data.csv"]
+    argv = ["it.py", "--auth_token", "tokentoken", "--note", "sesame-open-up", "--data", str(tmp_path / "data.csv")]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "it.py", raising=False)
-    trained(tmp_path / "run", optim="agr_adamw", hub_token="hf_abcdefghijklmnopqrst", run_name="/home/me/run")
+    trained(tmp_path / "run", optim="agr_adamw", hub_token="hf_abcdefghijklmnopqrst", run_name=str(tmp_path / "named"))
     text = (tmp_path / "run/results.json").read_text()
     assert '"data": "data.csv"' in text
-    for hidden in ("tokentoken", "sesame", "/home/me", "hf_abcdef", str(tmp_path)):
+    for hidden in ("tokentoken", "sesame", "hf_abcdef", str(tmp_path)):
         assert hidden not in text
 
 

@@ -103,5 +103,5 @@ def test_quantized_parameters_are_refused(name, dtype):
 
 @pytest.mark.parametrize("name", OURS)
 def test_numpy_numbers_are_numbers(name):
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="numpy is missing: pip install numpy")
     OPTIMIZERS[name].cls([param()], lr=numpy.float32(0.1), weight_decay=numpy.float64(0.1))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "kernel_hub/build.py"))
 REVISION, OTHER = "1" * 40, "2" * 40
 needs_kernels = pytest.mark.skipif(
-    not (find_spec("kernels") and find_spec("triton")), reason="kernels is not installed: pip install kernels"
+    not (find_spec("kernels") and find_spec("triton")), reason="kernels is not installed: make test-kernels installs it"
 )
 
 

@@ -256,7 +256,7 @@ def test_steps_made_by_torch_in_between_count_for_the_suspension():
 
 
 def test_numbers_of_numpy_load_with_weights_only():
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="numpy is missing: pip install numpy")
     optimizer = AGRAdamW(as_parameters(initial()), lr=numpy.float64(0.1), betas=(numpy.float32(0.5), 0.9))
     assert through_a_file(optimizer.state_dict())["param_groups"][0]["lr"] == 0.1
 

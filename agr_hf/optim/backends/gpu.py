@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agr_hf.optim.backends.tables import TablePart, can_serve
+from agr_hf.optim.backends.tables import GROUP_NUMBERS, TablePart, can_serve
 from agr_hf.optim.part import Present, Row, Sums
 from agr_hf.optim.rounding import COMPENSATION
 from agr_hf.optim.shards import Scalar, as_vector
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 CHUNK = 32_768  # elements of a program
 BLOCK = 1024
-NUMBERS = 10  # of a group: see triton_kernels.py
 
 
 def why_not() -> str | None:
@@ -87,7 +86,7 @@ class GPUPart(TablePart):
         self.first_chunk = constant(first_chunk)
         self.row_numels, self.row_flags, self.row_slots = map(constant, (self.numels, self.flags, self.slots))
         self.table = Table(device, torch.int64, len(self.addresses))
-        self.numbers = Table(device, torch.float64, NUMBERS * len(self.groups))
+        self.numbers = Table(device, torch.float64, GROUP_NUMBERS * len(self.groups))
         self.host_steps = Table(device, torch.float64, len(rows))
         self.host_random = Table(device, torch.int64, len(rows))
 
@@ -195,7 +194,7 @@ class GPUPart(TablePart):
                 math.inf if steps is None else float(steps),
                 float(group.get("proximal", False)),
                 *betas,
-                *[0.0] * (NUMBERS - 6 - len(betas)),
+                *[0.0] * (GROUP_NUMBERS - 6 - len(betas)),
             ]
         self.numbers.send(numbers)
         for place, value in on_device:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Flags of a tensor; the same in native.c and triton_kernels.py.
+# Flags of a tensor; the same in native.c.
 PSI, SECOND_REGULARIZED, COUPLED, SCALED_BY_NORM = 1, 2, 4, 8
 PARAM_BF16, GRAD_BF16, MOMENT_BF16, AT_RANDOM = 16, 32, 64, 128
+GROUP_NUMBERS = 10  # that a kernel reads of a group on a device
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -12,17 +12,18 @@ that a table of them is all that a launch needs.
 import triton
 import triton.language as tl
 
-# Flags of a tensor; the same in native.py.
-PSI: tl.constexpr = tl.constexpr(1)
-SECOND_REGULARIZED: tl.constexpr = tl.constexpr(2)
-COUPLED: tl.constexpr = tl.constexpr(4)
-SCALED_BY_NORM: tl.constexpr = tl.constexpr(8)
-PARAM_BF16: tl.constexpr = tl.constexpr(16)
-GRAD_BF16: tl.constexpr = tl.constexpr(32)
-MOMENT_BF16: tl.constexpr = tl.constexpr(64)
-AT_RANDOM: tl.constexpr = tl.constexpr(128)
-# Numbers of a group; the same in gpu.py.
-NUMBERS: tl.constexpr = tl.constexpr(10)
+from agr_hf.optim.backends import tables
+
+PSI: tl.constexpr = tl.constexpr(tables.PSI)
+SECOND_REGULARIZED: tl.constexpr = tl.constexpr(tables.SECOND_REGULARIZED)
+COUPLED: tl.constexpr = tl.constexpr(tables.COUPLED)
+SCALED_BY_NORM: tl.constexpr = tl.constexpr(tables.SCALED_BY_NORM)
+PARAM_BF16: tl.constexpr = tl.constexpr(tables.PARAM_BF16)
+GRAD_BF16: tl.constexpr = tl.constexpr(tables.GRAD_BF16)
+MOMENT_BF16: tl.constexpr = tl.constexpr(tables.MOMENT_BF16)
+AT_RANDOM: tl.constexpr = tl.constexpr(tables.AT_RANDOM)
+# Places of the numbers of a group, as gpu.py writes them.
+NUMBERS: tl.constexpr = tl.constexpr(tables.GROUP_NUMBERS)
 SCALE: tl.constexpr = tl.constexpr(0)
 LR: tl.constexpr = tl.constexpr(1)
 EPS: tl.constexpr = tl.constexpr(2)
