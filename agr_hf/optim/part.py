@@ -12,14 +12,12 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from agr_hf.optim.backends.look import TYPES, read_grads, read_look
+from agr_hf.optim.backends.look import read_grads, read_look
 from agr_hf.optim.rounding import RandomBits
 from agr_hf.optim.shards import Scalar, as_number, is_dtensor, local, reduced, widest
 
 if TYPE_CHECKING:
     from agr_hf.optim.step import StepOptimizer
-
-PLAIN_TYPES = {*TYPES, type(None)}
 
 
 class Present:
@@ -28,9 +26,10 @@ class Present:
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self.params: list[Tensor] = [param for group in groups for param in group["params"]]
-        self.grads: list[Tensor | None] = read_grads(self.params)
+        self.grads: list[Tensor | None]
+        self.grads, plain = read_grads(self.params)
         self.locals, self.local_grads = self.params, self.grads
-        if not (set(map(type, self.params)) | set(map(type, self.grads))) <= PLAIN_TYPES:
+        if not plain:
             self.grads = [
                 None if grad is None else reduced(grad, param)
                 for param, grad in zip(self.params, self.grads, strict=True)

@@ -17,9 +17,10 @@ import torch
 
 from agr_hf.optim.backends import gpu, native
 from agr_hf.optim.backends.lists import ListsPart
+from agr_hf.optim.backends.look import TYPES
 from agr_hf.optim.flags import agr_flags, is_suspended
 from agr_hf.optim.layout import check_no_shared_memory
-from agr_hf.optim.part import PLAIN_TYPES, Part, Present, Row
+from agr_hf.optim.part import Part, Present, Row
 from agr_hf.optim.shards import LiveGroups, Scalar, add_over_shards, is_dtensor
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Plan:
         gradients happen to be here, or ranks would add up sums of different tensors."""
         meshes: dict[Any, list[int]] = {}
         for i, param in enumerate(self.params):
-            if type(param) not in PLAIN_TYPES and is_dtensor(param):
+            if type(param) not in TYPES and is_dtensor(param):
                 meshes.setdefault(param.device_mesh, []).append(i)  # type: ignore[attr-defined]
         return meshes
 

@@ -120,13 +120,18 @@ static int64_t match(kept_t *kept, PyObject *tensor, int64_t before) {
 
 enum { AHEAD = 32 }; /* objects */
 
-/* Ask for memory that is read soon: of an object, then of the tensor that it points to. */
+/* Ask for memory that is read soon: of an object, then of the tensor that it points to, then of what the tensor points to
+ * (its storage, and what autograd knows of it). */
 static void fetch_ahead(PyObject *const *at) {
     PyObject *far = at[AHEAD], *near = at[AHEAD / 2];
     if (far) __builtin_prefetch(far);
     if (!near || !is_tensor(near)) return;
     const char *tensor = ((const char **)near)[2]; /* after the head of the object; any other word does no harm */
     for (int line = 0; line < 3; line++) __builtin_prefetch(tensor + 64 * line);
+    PyObject *next = at[AHEAD / 4];
+    if (!next || !is_tensor(next)) return;
+    const char *const *words = ((const char *const **)next)[2];
+    for (int word = 2; word < 6; word++) __builtin_prefetch(words[word]);
 }
 
 /* look(params, grads, states, keys, columns, kept, addresses): see native.py. */
@@ -190,18 +195,20 @@ static PyObject *look(PyObject *module, PyObject *args) {
     return PyLong_FromLongLong(fits ? live : -1);
 }
 
-/* read_grads(params): the list of their gradients. */
+/* read_grads(params): the list of their gradients, and whether all tensors have memory of their own. */
 static PyObject *read_grads(PyObject *module, PyObject *params) {
     (void)module;
+    int plain = 1;
     Py_ssize_t count = PyList_Size(params);
-    PyObject *result = count < 0 ? NULL : PyList_New(count);
-    for (Py_ssize_t i = 0; result && i < count; i++) {
-        PyObject *ahead[AHEAD + 1] = {0};
-        if (i + AHEAD < count) ahead[AHEAD] = PyList_GetItem(params, i + AHEAD);
-        if (i + AHEAD / 2 < count) ahead[AHEAD / 2] = PyList_GetItem(params, i + AHEAD / 2);
+    PyObject *grads = count < 0 ? NULL : PyList_New(count);
+    for (Py_ssize_t i = 0; grads && i < count; i++) {
+        PyObject *ahead[AHEAD + 1] = {0}, *param = PyList_GetItem(params, i);
+        for (int distance = AHEAD; distance >= AHEAD / 4; distance /= 2)
+            if (i + distance < count) ahead[distance] = PyList_GetItem(params, i + distance);
         fetch_ahead(ahead);
-        PyObject *grad = PyObject_GetAttr(PyList_GetItem(params, i), grad_name);
-        if (!grad || PyList_SetItem(result, i, grad)) Py_CLEAR(result);
+        PyObject *grad = PyObject_GetAttr(param, grad_name);
+        plain = plain && is_tensor(param) && grad && (grad == Py_None || is_tensor(grad));
+        if (!grad || PyList_SetItem(grads, i, grad)) Py_CLEAR(grads);
     }
-    return result;
+    return grads ? Py_BuildValue("NO", grads, plain ? Py_True : Py_False) : NULL;
 }

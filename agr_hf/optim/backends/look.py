@@ -25,9 +25,10 @@ def read_look(tensor: Any) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     return tensor.dtype, tensor.shape, tensor.stride()
 
 
-def read_grads_in_python(params: list[Tensor]) -> list[Tensor | None]:
-    """The gradient of each parameter."""
-    return [param.grad for param in params]
+def read_grads_in_python(params: list[Tensor]) -> tuple[list[Tensor | None], bool]:
+    """The gradient of each parameter, and whether all of these tensors have memory of their own."""
+    grads = [param.grad for param in params]
+    return grads, {*map(type, params), *map(type, grads)} <= {*TYPES, type(None)}
 
 
 def describe_in_python(tensors: Sequence[Any]) -> Any:

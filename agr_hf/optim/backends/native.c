@@ -458,7 +458,7 @@ static PyMethodDef methods[] = {
      "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before, first): see native.py"},
     {"look", look, METH_VARARGS,
      "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see native.py"},
-    {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients"},
+    {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients, and whether all have memory of their own"},
     {"describe", describe, METH_O, "describe(tensors): what `look` compares tensors with"},
     {"use_dlpack", use_dlpack, METH_VARARGS,
      "use_dlpack(capsule, Tensor, Parameter): look at tensors through these functions, if they are of version 1"},
