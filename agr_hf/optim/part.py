@@ -119,7 +119,8 @@ class Part(ABC):
         self.indices = [row.index for row in rows]
         self.states = [optimizer.state[present.params[i]] for i in self.indices]
         # What parameters and gradients look like; where there is no gradient yet, like its parameter.
-        params, grads = [[tensors[i] for i in self.indices] for tensors in (present.locals, present.local_grads)]
+        params = [present.locals[i] for i in self.indices]
+        grads = [present.local_grads[i] for i in self.indices]
         self.param_looks = list(map(read_look, params))
         self.grad_looks = [read_look(p if g is None else g) for p, g in zip(params, grads, strict=True)]
         self.live: list[bool] = []  # which rows have a gradient in this step
