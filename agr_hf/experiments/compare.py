@@ -24,7 +24,7 @@ from typing import Any
 
 from agr_hf.environment import environment
 from agr_hf.errors import UserError
-from agr_hf.experiments.paired import Paired, bootstrap_interval, compare_paired, give_verdicts
+from agr_hf.experiments.paired import Paired, bootstrap_interval, give_verdicts, pair_metric
 from agr_hf.experiments.processes import ScriptRun
 from agr_hf.experiments.report import write_reports
 from agr_hf.experiments.rerun import script_path
@@ -347,7 +347,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Every optimizer against the baseline, in each setting and metric, over the seeds that both finished."""
     metrics = {
-        cell: {seed: found.get(f"{cell.name}/seed-{seed}") for seed in range(comparison.seeds)}
+        cell: {seed: found.get(f"{cell.name}/seed-{seed}") or {} for seed in range(comparison.seeds)}
         for cell in comparison.cells
     }
     keys = list(dict.fromkeys(key for runs in metrics.values() for found in runs.values() if found for key in found))
@@ -360,26 +360,16 @@ def summarize(
         if cell == against:
             continue
         for key in keys:
-            pairs = {
-                seed: ((metrics[cell][seed] or {}).get(key), (metrics[against][seed] or {}).get(key))
-                for seed in range(comparison.seeds)
-            }
-            seeds = [seed for seed, (own, other) in pairs.items() if own is not None and other is not None]
-            if not seeds:
+            pair = pair_metric(key, metrics[cell], metrics[against], comparison.margin)
+            if pair is None:
                 continue
-            scale = 100.0 if "accuracy" in key else 1.0
-            values, baseline = ([scale * float(pairs[seed][i] or 0.0) for seed in seeds] for i in (0, 1))
-            # Points of a percentage; of other metrics, percent of what the baseline has.
-            margin = comparison.margin if scale == 100.0 else comparison.margin / 100 * abs(statistics.mean(baseline))
-            lower = lower_is_better(key)
-            paired = compare_paired(values, baseline, margin or 1e-12, lower_is_better=lower)
-            interval = bootstrap_interval(values, baseline)
-            if interval and lower:
+            kept, paired = pair
+            interval = bootstrap_interval(kept["values"], kept["baseline_values"])
+            if interval and kept["lower_is_better"]:
                 interval = (-interval[1], -interval[0])
             head = {
-                "optimizer": cell.optimizer, "baseline": against.optimizer, "settings": dict(cell.settings), "metric": key,
-                "unit": "%" if scale == 100.0 else "", "lower_is_better": lower, "seeds": seeds, "values": values,
-                "baseline_values": baseline, "bootstrap": interval,
+                "optimizer": cell.optimizer, "baseline": against.optimizer, "settings": dict(cell.settings), **kept,
+                "bootstrap": interval,
             }  # fmt: skip
             rows.append((head, paired))
     verdicts = give_verdicts([paired for _, paired in rows])

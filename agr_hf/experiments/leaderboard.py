@@ -1,4 +1,4 @@
-"""One table over runs, local or on the Hub."""
+"""One table over runs, local or on the Hub, and what pairs of their seeds say."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agr_hf.errors import UserError
+from agr_hf.experiments.paired import give_verdicts, pair_metric
+from agr_hf.experiments.report import sentences
 from agr_hf.hub.cards import find_task, shown_metrics
 from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 # What two seeds of one experiment may differ in.
 PER_RUN = ("seed", "data_seed", "parameters", "channels")
 COLUMNS = ("model_name", "unet", "optim", "learning_rate")
+OPTIMIZER = ("optim", "optim_args")
+MARGIN = 0.2  # of `agr-hf compare`
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,18 @@ class _Row:
     metric: str
     label: str
     values: list[float]
+
+    @property
+    def by_seed(self) -> dict[int, dict[str, float]]:
+        """The metric of the runs that say their seed."""
+        shown = [(run.seed, shown_metrics(find_task(run), run.metrics)) for run in self.runs if run.seed is not None]
+        return {seed: {key: value for key, _, value in metrics if key == self.metric} for seed, metrics in shown}
+
+    @property
+    def optimizer(self) -> str:
+        """Name and options, as `agr-hf compare` takes them."""
+        options = self.runs[0].config.get("optim_args")
+        return ",".join([self.runs[0].optimizer, str(options)] if options else [self.runs[0].optimizer])
 
 
 def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunRecord]:
@@ -73,7 +89,8 @@ def _read_record(path: Path) -> RunRecord | None:
 
 
 def leaderboard(runs: Iterable[RunRecord]) -> str:
-    """A Markdown table of runs by task and data, the best first: mean and standard deviation over seeds.
+    """A Markdown table of runs by task and data, the best first: mean and standard deviation over seeds. Below it, as in a
+    report of `agr-hf compare`, rows that differ in the optimizer alone against the one whose run was given first.
 
     Runs of as many processes that differ in nothing but their seed are one row; of a seed that is there twice (a run and its
     repetition) the one finished last counts. "settings" holds what else differs between the rows of one task
@@ -96,11 +113,11 @@ def leaderboard(runs: Iterable[RunRecord]) -> str:
     lines = ["| task | data | model | optimizer | rate | settings | runs | metric | value | seconds |",
              "| --- | --- | --- | --- | ---: | --- | ---: | --- | ---: | ---: |"]  # fmt: skip
     values_of: dict[str, dict[str, set[str]]] = {}
-    rows = [list(by_seed.values()) for by_seed in groups.values()]
-    for group in rows:
-        for key, value in _settings(group[0]).items():
-            values_of.setdefault(_place(group[0]), {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
-    for row in sorted(map(_row, rows), key=_order):
+    rows = [_row(list(by_seed.values())) for by_seed in groups.values()]
+    for row in rows:
+        for key, value in _settings(row.runs[0]).items():
+            values_of.setdefault(_place(row.runs[0]), {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
+    for row in sorted(rows, key=_order):
         group, values, run = row.runs, row.values, row.runs[0]
         info = OPTIMIZERS.get(run.optimizer)
         value = f"{statistics.mean(values):.4g}" if values else "–"
@@ -118,7 +135,25 @@ def leaderboard(runs: Iterable[RunRecord]) -> str:
             f"{statistics.mean(seconds):.0f}" if seconds else "–",
         ]  # fmt: skip
         lines.append("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    verdicts = _compare(rows)
+    return "\n".join(lines + ["", *verdicts] * bool(verdicts))
+
+
+def _compare(rows: Sequence[_Row]) -> list[str]:
+    """A sentence for each row that shares a seed with the first of those that differ from it in the optimizer alone."""
+    first: dict[str, _Row] = {}
+    pairs = []
+    for row in rows:
+        run = row.runs[0]
+        settings = {key: value for key, value in _settings(run).items() if key not in OPTIMIZER}
+        against = first.setdefault(json.dumps([_place(run), settings], sort_keys=True), row)
+        pair = pair_metric(row.metric, row.by_seed, against.by_seed, MARGIN) if against is not row else None
+        if pair:
+            names = {"optimizer": row.optimizer, "baseline": against.optimizer, "settings": {}}
+            pairs.append(({**names, **pair[0]}, pair[1]))
+    verdicts = give_verdicts([paired for _, paired in pairs])
+    found = [{**kept, **asdict(paired)} for (kept, _), paired in zip(pairs, verdicts, strict=True)]
+    return [f"- {one_line(sentence)}" for sentence in sentences({"comparisons": found})]
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:

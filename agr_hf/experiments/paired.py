@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 from scipy import special, stats
+
+from agr_hf.tasks.runs import lower_is_better
 
 LEVEL = 0.05
 BOOTSTRAP_FROM = 8  # seeds: with fewer, resampling cannot reach the tails of a 95% interval
@@ -81,6 +84,50 @@ def compare_paired(
     p = 2 * _tail(n, abs(mean) / error)
     p_equivalence = max(_tail(n, (margin + mean) / error), _tail(n, (margin - mean) / error))
     return Paired(n, mean, mean - half, mean + half, deviation, unpaired, p, p_equivalence, margin)
+
+
+def compare_metric(metric: str, values: Sequence[float], baseline: Sequence[float], margin: float) -> Paired:
+    """`compare_paired` by what the name of a metric says of it; accuracies are in percent.
+
+    Args:
+        metric, values, baseline: of two optimizers, as they are shown.
+        margin: points of an accuracy, and of other metrics percent of the baseline's mean.
+    """
+    if not is_percent(metric):
+        margin = margin / 100 * abs(float(numpy.mean(baseline))) or 1e-12
+    return compare_paired(values, baseline, margin, lower_is_better=lower_is_better(metric))
+
+
+def is_percent(metric: str) -> bool:
+    """Whether a metric is shown in percent; runs keep it from 0 to 1."""
+    return "accuracy" in metric
+
+
+def pair_metric(
+    metric: str, runs: Mapping[int, Mapping[str, Any]], baseline: Mapping[int, Mapping[str, Any]], margin: float
+) -> tuple[dict[str, Any], Paired] | None:
+    """One metric of two optimizers, over the seeds in which both have a number: what a table keeps of it, and what it says.
+
+    Args:
+        metric: its name.
+        runs, baseline: metrics by seed; a value that was not finite is None.
+        margin: see `compare_metric`.
+
+    Returns:
+        None where no seed has both.
+    """
+    seeds = [
+        s for s in runs if s in baseline and runs[s].get(metric) is not None and baseline[s].get(metric) is not None
+    ]
+    if not seeds:
+        return None
+    scale = 100.0 if is_percent(metric) else 1.0
+    values, others = ([scale * float(of[seed][metric]) for seed in seeds] for of in (runs, baseline))
+    kept = {
+        "metric": metric, "unit": "%" if is_percent(metric) else "", "lower_is_better": lower_is_better(metric),
+        "seeds": seeds, "values": values, "baseline_values": others,
+    }  # fmt: skip
+    return kept, compare_metric(metric, values, others, margin)
 
 
 def _tail(n: int, t: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 from agr_hf.errors import UserError
 from agr_hf.experiments import charts
 from agr_hf.experiments.charts import Interval, Series, draw_curves, draw_intervals, sample
+from agr_hf.experiments.paired import is_percent
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.tasks.runs import lower_is_better
@@ -266,7 +267,7 @@ def _costs(found: Mapping[str, Any]) -> tuple[str, list[dict[str, str]]]:
     """Time and memory; and the time to what the baseline ends with on average, by the first metric of the table."""
     first = found["comparisons"][0] if found["comparisons"] else None
     key, target = (first["metric"], statistics.fmean(first["baseline_values"])) if first else ("", math.nan)
-    scale, lower = (100.0 if "accuracy" in key else 1.0), lower_is_better(key)
+    scale, lower = (100.0 if is_percent(key) else 1.0), lower_is_better(key)
     rows = []
     for name, runs in found["runs"].items():
         if not any(_number(run.get("seconds")) for run in runs):

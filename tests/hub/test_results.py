@@ -1,6 +1,7 @@
 """results.json of a stranger: every place in it may hold anything, and only a run's passes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -220,3 +221,23 @@ def test_runs_without_a_seed_and_older_runs_without_processes_are_counted(tmp_pa
     made_up(tmp_path / "c", 7.0, seed=1, config={"model_name": "mlp", "learning_rate": 1e-3, "channels": 3})
     (row,) = leaderboard(collect([str(tmp_path)])).splitlines()[2:]
     assert "| 3 | Top-1 accuracy | 0.6 ± 0.1 |" in row
+
+
+def test_rows_that_differ_in_the_optimizer_alone_are_compared_over_the_seeds_that_both_have(tmp_path):
+    config = {"model_name": "mlp", "learning_rate": 1e-3}
+    values = {"adamw": (5.0, 6.0, 7.0, 8.0), "agr_adamw": (6.0, 7.1, 8.0, 8.9), "adal": (9.0,)}
+    for optimizer, of in values.items():
+        for seed, value in enumerate(of):
+            made_up(tmp_path / "runs" / optimizer / str(seed), value, seed=seed, optimizer=optimizer,
+                    config={**config, "optim": optimizer})  # fmt: skip
+    made_up(tmp_path / "lower", 3.0, optimizer="adal", config={**config, "optim": "adal", "learning_rate": 1e-4})
+    folders = [str(tmp_path / "runs" / name) for name in values] + [str(tmp_path / "lower")]
+    *_, blank, agr, adal = leaderboard(collect(folders)).splitlines()
+    assert blank == ""
+    found = re.fullmatch(r"- AdamW\(AGR\) against AdamW, accuracy: better\. Mean difference \+10 points, 95% interval "
+                         r"\+(\S+) to \+(\S+), 4 seeds\.", agr)  # fmt: skip
+    assert found, agr
+    # 10, 11, 10, 9 points: mean 10, deviation sqrt(2/3), Student's t of 3 degrees 3.182.
+    half = 3.182446 * (2 / 3) ** 0.5 / 2
+    assert [float(x) for x in found.groups()] == pytest.approx([10 - half, 10 + half], abs=0.06)
+    assert adal.startswith("- AdaL against AdamW, accuracy: cannot tell (one seed says nothing about the next).")

@@ -13,7 +13,7 @@ from typing import Any
 
 from agr_hf.experiments.claims.claim import Claim, Finding, Setting
 from agr_hf.experiments.compare import Cell, compare, plan_comparison, read_metrics
-from agr_hf.experiments.paired import Paired, compare_paired, give_verdicts
+from agr_hf.experiments.paired import Paired, compare_metric, give_verdicts, is_percent, pair_metric
 from agr_hf.experiments.report import label
 from agr_hf.tasks.runs import lower_is_better
 
@@ -55,13 +55,16 @@ def measure(setting: Setting) -> dict[str, Any]:
     rows = []
     for of in expected:
         cells = [Cell(name, tuple(of.settings.items())) for name in (of.optimizer, of.baseline)]
-        pairs = {seed: [_value(output, cell, seed, of.metric) for cell in cells] for seed in range(setting.seeds)}
-        seeds = [seed for seed, pair in pairs.items() if None not in pair]
-        scale = 100.0 if "accuracy" in of.metric else 1.0
+        runs, baseline = (
+            {seed: {of.metric: _value(output, cell, seed, of.metric)} for seed in range(setting.seeds)}
+            for cell in cells
+        )
+        pair = pair_metric(of.metric, runs, baseline, comparison.margin)
+        kept = pair[0] if pair else {"seeds": [], "values": [], "baseline_values": []}
         rows.append({
             "optimizer": of.optimizer, "baseline": of.baseline, "metric": of.metric, "settings": dict(of.settings),
-            "seeds": seeds, "values": [scale * (pairs[seed][0] or 0.0) for seed in seeds],
-            "baseline_values": [scale * (pairs[seed][1] or 0.0) for seed in seeds], "diverged": setting.seeds - len(seeds),
+            **{key: kept[key] for key in ("seeds", "values", "baseline_values")},
+            "diverged": setting.seeds - len(kept["seeds"]),
         })  # fmt: skip
     return {"task": options["task"], "arguments": options["arguments"], "margin": comparison.margin,
             "search": found["search"], "rows": rows}  # fmt: skip
@@ -76,12 +79,9 @@ def _value(output: Path, cell: Cell, seed: int, metric: str) -> float | None:
 
 def paired(found: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Paired]]:
     """The rows of a measurement with their verdicts, from the values alone."""
-    rows = []
-    for row in found["rows"]:
-        percent = "accuracy" in row["metric"]
-        margin = found["margin"] if percent else found["margin"] / 100 * abs(statistics.fmean(row["baseline_values"]))
-        lower = lower_is_better(row["metric"])
-        rows.append(compare_paired(row["values"], row["baseline_values"], margin or 1e-12, lower_is_better=lower))
+    rows = [
+        compare_metric(row["metric"], row["values"], row["baseline_values"], found["margin"]) for row in found["rows"]
+    ]
     return list(zip(found["rows"], give_verdicts(rows), strict=True))
 
 
@@ -113,7 +113,7 @@ WORDS = {
 
 def sentence(row: Mapping[str, Any], of: Paired) -> str:
     """The difference as the metric has it: of a loss, positive is worse."""
-    form, sign = ("+.2f" if "accuracy" in row["metric"] else "+.2g"), (-1 if lower_is_better(row["metric"]) else 1)
+    form, sign = ("+.2f" if is_percent(row["metric"]) else "+.2g"), (-1 if lower_is_better(row["metric"]) else 1)
     low, high = sorted((sign * of.low, sign * of.high))
     return (
         f"{label(row)} less {label({**row, 'optimizer': row['baseline']})}, "
