@@ -12,8 +12,8 @@ from agr_hf.optim.flags import agr_flags, is_suspended, unwrapped
 from agr_hf.optim.flattened import GivenLayers, check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.norms import check_dense_real, local_sums
 from agr_hf.optim.options import is_count
-from agr_hf.optim.psi import as_dtensor, shrink
-from agr_hf.optim.shards import LiveGroups, add_over_shards, is_dtensor, local, reduced
+from agr_hf.optim.psi import shrink
+from agr_hf.optim.shards import LiveGroups, add_over_shards, as_dtensor, is_dtensor, local, reduced
 from agr_hf.optim.step import StepOptimizer
 
 # Live handles: Psi of Psi is nobody's rule.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from agr_hf.optim.backends import multi_tensor as mt
 from agr_hf.optim.norms import l1_norms
-from agr_hf.optim.shards import Scalar, is_dtensor, local, reduced
+from agr_hf.optim.shards import Scalar, as_dtensor, is_dtensor, local, reduced
 
 if TYPE_CHECKING:
     from agr_hf.optim.backends.lists import Batch
@@ -41,19 +41,6 @@ def shrink(grad: Tensor, norm: Tensor, numel: int) -> Tensor:
         return grad.clone()
     usable = (norm > 0) & (norm < float("inf"))
     return shrink_all([grad.to(norm.dtype)], [torch.where(usable, norm, float("inf"))])[0].to(grad.dtype)
-
-
-def as_dtensor(shard: Tensor, like: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        shard,
-        like.device_mesh,  # type: ignore[attr-defined]
-        like.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
 
 
 def psi(batch: Batch) -> list[Tensor]:

@@ -17,6 +17,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def as_dtensor(shard: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard as the DTensor whose part it is, laid as `like`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard,
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor, whole or a DTensor, laid over the ranks as `like` is. Every rank calls it, with the same whole.
 

@@ -58,9 +58,11 @@ def test_rounding_at_random_is_the_reference():
 
 
 def test_what_is_no_number_stays_what_it_is():
-    wide = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1.0])
-    for random in (0, 65_535):
-        rounded = round_at_random(wide, torch.full((6,), random))
+    wide = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1.0, 0.0, 0.0])
+    # NaNs with all bits set: what is added to them carries over, to a zero of the other sign.
+    wide.view(torch.int32)[-2:] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32)
+    for random in (0, 1, 65_535):
+        rounded = round_at_random(wide, torch.full((8,), random))
         torch.testing.assert_close(rounded.float(), wide, rtol=0, atol=0, equal_nan=True)
 
 
