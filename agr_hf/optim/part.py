@@ -170,6 +170,10 @@ class Part(ABC):
                 None if all(live) else torch.tensor(live, dtype=vector.dtype, device="cpu").to(vector.device)
             )
 
-    def count(self) -> None:
-        """Count this step of the rows that have a gradient."""
-        self.steps.vector.add_(1.0 if self._increment is None else self._increment)
+    def count(self, skipped: bool | Tensor) -> None:
+        """Count this step of the rows that have a gradient; a tensor says on the device whether it is `skipped`."""
+        self.skipped = skipped
+        increment = 1.0 if self._increment is None else self._increment
+        if isinstance(skipped, Tensor):
+            increment = increment * skipped.logical_not().to(self.steps.vector)
+        self.steps.vector.add_(increment)

@@ -22,7 +22,7 @@ from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, read_options, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
-from agr_hf.optim.shards import LiveGroups, Scalar, as_number, local
+from agr_hf.optim.shards import LiveGroups, Scalar, as_number, local, widest
 from agr_hf.optim.state import StatefulOptimizer
 from agr_hf.optim.zero import Partition, PartitionStep, check_loaded, is_partitioned
 
@@ -203,8 +203,8 @@ class StepOptimizer(StatefulOptimizer):
         """The step itself, without what torch's hooks add to `step`."""
         check_graph_capture(self)
         request = self._clip_request
-        unscale = self._read_loss_scale()
-        if unscale is None:
+        unscale, skipped = self._read_loss_scale()
+        if skipped is True:
             self._clip_request = None
             if request is not None:
                 request[1].fill_(math.inf)
@@ -212,7 +212,7 @@ class StepOptimizer(StatefulOptimizer):
         limits = [math.inf if group["max_grad_norm"] is None else group["max_grad_norm"] for group in self.param_groups]
         limits = limits if request is None else [min(limit, request[0]) for limit in limits]
         clipping = request is not None or min(limits) < math.inf
-        plan = self._look(clipping)
+        plan = self._look(clipping, skipped)
         if plan is None:
             return
         self._clip_request = None  # a refused step leaves it in place
@@ -223,7 +223,8 @@ class StepOptimizer(StatefulOptimizer):
             sums, scales, norm = self._reduce(plan, signs, limits, unscale, clipping)
             if request is not None:
                 request[1].fill_(norm)
-        plan.count_groups()
+        if skipped is False:  # else the steps on the device count alone, as in a recorded step
+            plan.count_groups()
         for part in plan.parts:
             if any(part.live):
                 part.update(sums, scales)
@@ -236,13 +237,21 @@ class StepOptimizer(StatefulOptimizer):
         GradScaler does not call `step`."""
         return all(bool(group["fused"]) for group in self.param_groups)
 
-    def _read_loss_scale(self) -> float | None:
+    def _read_loss_scale(self) -> tuple[Scalar, bool | Tensor]:
         """What turns gradients of a scaled loss into gradients, for whoever sets `grad_scale` and `found_inf` as GradScaler
-        does for fused optimizers; None where they overflowed, and the step is none."""
+        does for fused optimizers, and whether they overflowed: the step is none then. A recorded step reads both on the
+        device, and nothing waits for them."""
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and as_number(found_inf, torch.float32, torch.device("cpu")).item():
-            return None
-        return 1.0 if grad_scale is None else 1.0 / as_number(grad_scale, torch.float64, torch.device("cpu")).item()
+        if found_inf is None and grad_scale is None:
+            return 1.0, False
+        if all(group["fused"] and group["capturable"] for group in self.param_groups):
+            device = local(self.param_groups[0]["params"][0]).device
+            skipped = False if found_inf is None else as_number(found_inf, torch.float32, device) != 0
+            return 1.0 if grad_scale is None else as_number(grad_scale, widest(device), device).reciprocal(), skipped
+        host = torch.device("cpu")
+        if found_inf is not None and as_number(found_inf, torch.float32, host).item():
+            return 1.0, True
+        return 1.0 if grad_scale is None else 1.0 / as_number(grad_scale, torch.float64, host).item(), False
 
     def after_step(self, plan: Plan) -> None:
         """What a rule says to the user of a step that is done."""
@@ -282,7 +291,7 @@ class StepOptimizer(StatefulOptimizer):
                     self.init_state(flat, group)
 
     @torch._disable_dynamo  # torch.compile cannot trace identities and addresses
-    def _look(self, clipping: bool) -> Plan | None:
+    def _look(self, clipping: bool, skipped: bool | Tensor) -> Plan | None:
         """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses. None where no
         parameter has a gradient, and none can have one on another rank."""
         present = Present(self.param_groups)
@@ -296,12 +305,12 @@ class StepOptimizer(StatefulOptimizer):
             self.plan = plan
         self.plan.check_meshes(present, clipping)
         for part in self.plan.parts:
-            part.count()
+            part.count(skipped)
         self.plan.live_groups = LiveGroups(self.param_groups, present.grads)
         return self.plan
 
     def _reduce(
-        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], unscale: float, clipping: bool
+        self, plan: Plan, signs: Sequence[Scalar], limits: Sequence[float], unscale: Scalar, clipping: bool
     ) -> tuple[Sums, list[Scalar], Scalar]:
         """Sums over all tensors and ranks, what the gradients of each group are multiplied by, and the global norm.
 

@@ -177,3 +177,35 @@ def test_a_state_goes_on_with_another_backend():
         give_gradients(some, 7, torch.float32)
         one.step()
     assert_close((params, optimizer), (others, other), torch.float32)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_device_finds_that_a_step_is_skipped_and_what_the_loss_was_scaled_by(name, max_grad_norm, monkeypatch):
+    """As a recorded step must: `found_inf` and `grad_scale` change between replays, and the host reads neither."""
+    monkeypatch.setattr(native, "missing_kernel", lambda *_: None)
+    ends = []
+    for scaled in (True, False):
+        params = [Parameter(torch.ones(40, 9)), Parameter(torch.ones(5))]
+        optimizer = OPTIMIZERS[name].cls(params, lr=1e-2, capturable=True, fused=True, max_grad_norm=max_grad_norm)
+        for seed, (scale, overflows) in enumerate([(8.0, 1), (4.0, 0), (4.0, 0), (8.0, 2), (4.0, 0)]):
+            if overflows and not scaled:
+                continue
+            give_gradients(params, seed, torch.float32)
+            if scaled:
+                for param in params:
+                    param.grad.mul_(float("nan") if overflows else scale)
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(float(overflows))
+                with monkeypatch.context() as trap:
+                    trap.setattr(torch.Tensor, "item", lambda *_: pytest.fail("the host read a number"))
+                    optimizer.step()
+            else:
+                optimizer.step()
+        assert isinstance(optimizer.plan.parts[0], GPUPart)
+        ends.append((params, optimizer))
+    assert [state["step"].item() for state in ends[0][1].state.values()] == [3.0, 3.0]
+    assert_close(*ends, torch.float32)
+    if "agr_step" in optimizer.defaults:  # what is counted on the device alone is counted again where a state is loaded
+        other = OPTIMIZERS[name].cls([Parameter(torch.ones_like(param)) for param in ends[0][0]], lr=1e-2)
+        other.load_state_dict(ends[0][1].state_dict())
+        assert other.param_groups[0]["agr_step"] == 3

@@ -141,6 +141,24 @@ def test_a_graph_reads_the_rate_and_ends_agr_by_itself(variant):
     assert ends[0][1] == ends[1][1] == 6
 
 
+def test_a_graph_skips_a_step_that_overflowed():
+    param = torch.nn.Parameter(torch.ones(20, 30, device="cuda"))
+    param.grad = torch.linspace(-4, 4, 600, device="cuda").view(20, 30)
+    optimizer = OPTIMIZERS["agr_adamw"].cls([param], lr=0.01, capturable=True, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0, 0.0], device="cuda").unbind()
+    for _ in range(2):
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for overflowed in (1.0, 0.0, 1.0):
+        optimizer.found_inf.fill_(overflowed)
+        before = param.detach().clone()
+        graph.replay()
+        assert torch.equal(param, before) == bool(overflowed)
+    assert optimizer.state[param]["step"] == 3
+
+
 @pytest.mark.parametrize("name", ["agr_adam", "agr_adamw"])  # of whose rules torch has a fused kernel
 def test_a_state_of_torchs_fused_kernel_brings_its_step_count_to_the_host(name):
     params = on_device(initial(), torch.float32)

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="needs triton, which torch brings 
 
 HERE = Path(__file__).parent
 TABLES = "addresses rest chunk_row chunk_at first_chunk numel flags slots first_random"
-NUMBERS = "numbers steps chunk_norms chunk_squares given_norms norms norms_before norms_after chunk_sums sums"
+NUMBERS = "numbers steps chunk_norms chunk_squares given_norms norms norms_before norms_after skipped chunk_sums sums"
 
 
 @pytest.mark.timeout(900)
@@ -45,6 +45,6 @@ def test_the_kernels_compile_without_a_gpu(target, adan, tmp_path, monkeypatch):
     modes = {"SQUARES": adan, "COUPLED_ONLY": False, "HANDED_OUT": adan, "HAS_REST": adan}
     binary = {"cuda": "cubin", "hip": "hsaco"}[target[0]]
     assert compile_kernel("sums_kernel", target, **modes, **sizes)[binary]
-    choices = {"ADAN": adan, "NORMS_GIVEN": adan, "HAS_REST": adan, "DRAWS": adan, "KEEPS_NORM": adan}
+    choices = {"ADAN": adan, "NORMS_GIVEN": adan, "HAS_REST": adan, "DRAWS": adan, "KEEPS_NORM": adan, "SKIPS": adan}
     assert compile_kernel("update_kernel", target, **choices, **sizes)[binary]
     assert compile_kernel("add_chunks_kernel", target, BLOCK=128)[binary]

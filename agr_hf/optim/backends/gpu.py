@@ -152,12 +152,14 @@ class GPUPart(TablePart):
                 self.host_random.send(first_random.tolist())
                 first_random = self.host_random.tensor
         before = self.scalars["pre_l1_norm"].vector if "pre_l1_norm" in self.scalars else None
+        skipped = self.skipped.to(self.row_norms) if isinstance(self.skipped, Tensor) else None
         with self._on_device():
             update_kernel[(self.chunks,)](
                 self.table.tensor, len(self.rows), self._rest(), self.chunk_row, self.chunk_at, self.first_chunk,
                 self.row_numels, self.row_flags, self.row_slots, self.numbers.tensor, steps,
                 self.host_random.tensor if first_random is None else first_random, self.chunk_norms, given,
                 self.row_norms, self.row_norms if before is None else before, self.norms_after,
+                self.row_norms if skipped is None else skipped, SKIPS=skipped is not None,
                 ADAN=self.optimizer.native_rule == "adan", NORMS_GIVEN=norms_given,
                 HAS_REST=COMPENSATION in self.keys, DRAWS=first_random is not None, KEEPS_NORM=before is not None,
                 CHUNK=CHUNK, BLOCK=BLOCK,

@@ -159,12 +159,12 @@ def add_chunks(first_chunk, chunk_sums, row, BLOCK: tl.constexpr):
 @triton.jit
 def update_kernel(
     addresses, rows, rest, chunk_row, chunk_at, first_chunk, numel, flags, slots, numbers, steps, first_random,
-    chunk_norms, given_norms, norms, norms_before, norms_after,
+    chunk_norms, given_norms, norms, norms_before, norms_after, skipped, SKIPS: tl.constexpr,
     ADAN: tl.constexpr, NORMS_GIVEN: tl.constexpr, HAS_REST: tl.constexpr, DRAWS: tl.constexpr,
     KEEPS_NORM: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Update parameter and state of each chunk. `steps` count this one; they and the numbers of a group stay on the device,
-    so that a recorded launch sees the present ones."""
+    """Update parameter and state of each chunk. `steps` count this one; they, the numbers of a group and whether the step is
+    `skipped` stay on the device, so that a recorded launch sees the present ones."""
     chunk = tl.program_id(0)
     row = tl.load(chunk_row + chunk)
     start = tl.load(chunk_at + chunk)
@@ -192,6 +192,8 @@ def update_kernel(
     first_moment, second_moment = tl.load(addresses + 2 * rows + row), tl.load(addresses + 3 * rows + row)
     param_bf16, moment_bf16 = (flag & PARAM_BF16) != 0, (flag & MOMENT_BF16) != 0
     at_random = (flag & AT_RANDOM) != 0
+    if SKIPS:
+        grad = tl.where(tl.load(skipped) != 0, 0, grad)  # as where there is no gradient
     end = tl.where(grad != 0, tl.minimum(start + CHUNK, tl.load(numel + row)), start)
     if ADAN:
         b3 = tl.load(group + BETA3)
