@@ -138,8 +138,10 @@ typedef struct {
     int64_t chunks, units, runs;
     int64_t *chunk_row, *chunk_at, *first_chunk, *unit_chunk, *run_unit;
     double *chunk_norm, *chunk_square;
-    atomic_llong *next_sum, *next_update; /* a counter for each run: units are taken by whoever is free */
-    atomic_int threads, waiting, generation; /* threads: 0 until all are started */
+    int64_t *summed_by;          /* of each unit: the thread */
+    atomic_llong *next_sum;      /* a counter for each run: units are taken by whoever is free */
+    atomic_flag *is_taken;       /* of each unit: its update */
+    atomic_int threads, arrived, waiting, generation; /* threads: 0 until all are started */
     fenv_t mode_of_caller;
 } job_t;
 
@@ -249,38 +251,46 @@ static double norm_of_row(const job_t *j, int64_t row) {
     return norm;
 }
 
+static void update_unit(job_t *j, int64_t unit, int64_t *row, update_t *u) {
+    for (int64_t c = j->unit_chunk[unit]; c < j->unit_chunk[unit + 1]; c++) {
+        if (*row != j->chunk_row[c]) {
+            *row = j->chunk_row[c];
+            *u = make_update(j, *row, norm_of_row(j, *row));
+        }
+        if (c + AHEAD_CHUNKS < j->unit_chunk[unit + 1]) fetch_chunk(j, c + AHEAD_CHUNKS);
+        chunk_t chunk = make_chunk(j, c);
+        isa->update(&chunk, u);
+    }
+}
+
 static void work(job_t *j) {
     int sums_only = j->mode & SUMS_ONLY;
+    int64_t me = atomic_fetch_add_explicit(&j->arrived, 1, memory_order_relaxed);
     update_t u = {0};
     int64_t row = -1;
     for (int64_t run = 0; run < j->runs; run++) {
-        int64_t first = j->run_unit[run], count = j->run_unit[run + 1] - first, taken;
+        int64_t first = j->run_unit[run], end = j->run_unit[run + 1], unit;
         int any = 0;
-        for (int64_t c = j->unit_chunk[first]; c < j->unit_chunk[first + count] && !any; c++)
-            any = is_summed(j, j->chunk_row[c]);
+        for (int64_t c = j->unit_chunk[first]; c < j->unit_chunk[end] && !any; c++) any = is_summed(j, j->chunk_row[c]);
         if (any) {
-            while ((taken = atomic_fetch_add_explicit(&j->next_sum[run], 1, memory_order_relaxed)) < count)
-                for (int64_t c = j->unit_chunk[first + taken]; c < j->unit_chunk[first + taken + 1]; c++)
+            while ((unit = first + atomic_fetch_add_explicit(&j->next_sum[run], 1, memory_order_relaxed)) < end) {
+                j->summed_by[unit] = me;
+                for (int64_t c = j->unit_chunk[unit]; c < j->unit_chunk[unit + 1]; c++)
                     if (is_summed(j, j->chunk_row[c])) {
                         chunk_t chunk = make_chunk(j, c);
                         isa->sum(&chunk, j->mode & SQUARES, &j->chunk_norm[c], &j->chunk_square[c]);
                     }
+            }
             if (!sums_only) wait_for_all(j);
         }
         if (sums_only) continue;
-        while ((taken = atomic_fetch_add_explicit(&j->next_update[run], 1, memory_order_relaxed)) < count) {
-            /* What was summed last is in the cache still, and is updated first. */
-            int64_t unit = first + count - 1 - taken;
-            for (int64_t c = j->unit_chunk[unit]; c < j->unit_chunk[unit + 1]; c++) {
-                if (row != j->chunk_row[c]) {
-                    row = j->chunk_row[c];
-                    u = make_update(j, row, norm_of_row(j, row));
-                }
-                if (c + AHEAD_CHUNKS < j->unit_chunk[unit + 1]) fetch_chunk(j, c + AHEAD_CHUNKS);
-                chunk_t chunk = make_chunk(j, c);
-                isa->update(&chunk, &u);
-            }
-        }
+        /* What a thread has summed is in the cache of its core still, and what it summed last surely. It updates that first,
+         * then what the others have left: with the units of another core a step takes up to twice as long. */
+        for (int others = !any; others < 2; others++)
+            for (unit = end - 1; unit >= first; unit--)
+                if ((others || j->summed_by[unit] == me) && !atomic_flag_test_and_set_explicit(&j->is_taken[unit],
+                                                                                              memory_order_relaxed))
+                    update_unit(j, unit, &row, &u);
     }
 }
 
@@ -308,13 +318,14 @@ static void *work_in_thread(void *argument) {
 /* Cut the tensors into chunks, chunks into units that a thread takes at a time, units into runs. 0 if memory is short. */
 static int cut(job_t *j, int64_t total, int threads) {
     int64_t most = total / CHUNK + j->rows + 1, run_length = RUN * (int64_t)(threads > 2 ? threads / 2 : 1);
-    j->chunk_row = malloc((4 * most + j->rows + 4) * sizeof(int64_t) + 2 * most * sizeof(double));
+    j->chunk_row = malloc((5 * most + j->rows + 4) * sizeof(int64_t) + 2 * most * sizeof(double));
     if (!j->chunk_row) return 0;
     j->chunk_at = j->chunk_row + most;
     j->unit_chunk = j->chunk_at + most;
     j->run_unit = j->unit_chunk + most + 1;
     j->first_chunk = j->run_unit + most + 2;
-    j->chunk_norm = (double *)(j->first_chunk + j->rows + 1);
+    j->summed_by = j->first_chunk + j->rows + 1;
+    j->chunk_norm = (double *)(j->summed_by + most);
     j->chunk_square = j->chunk_norm + most;
     j->run_unit[0] = 0;
     int64_t in_unit = 0, in_run = 0;
@@ -334,9 +345,9 @@ static int cut(job_t *j, int64_t total, int threads) {
     if (in_run) j->run_unit[++j->runs] = j->units;
     j->first_chunk[j->rows] = j->chunks;
     j->unit_chunk[j->units] = j->chunks;
-    j->next_sum = calloc(2 * (j->runs + 1), sizeof(atomic_llong));
-    j->next_update = j->next_sum + j->runs + 1;
-    return j->next_sum != NULL;
+    j->next_sum = calloc(j->runs + 1, sizeof *j->next_sum);
+    j->is_taken = calloc(j->units + 1, sizeof *j->is_taken);
+    return j->next_sum && j->is_taken;
 }
 
 /* 0 if memory is short; then nothing has been written. */
@@ -376,6 +387,7 @@ static int run_job(job_t *j, int threads) {
     free(started);
     free(j->chunk_row);
     free(j->next_sum);
+    free(j->is_taken);
     return started != NULL;
 }
 
