@@ -84,6 +84,7 @@ class Comparison:
     arguments: tuple[str, ...]
     ranges: tuple[Range, ...] = ()
     trials: int = 0
+    tuned_by: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -91,6 +92,8 @@ class Comparison:
         found: dict[str, Any] = {"script": self.script.name, "arguments": list(self.arguments)}
         if self.ranges:
             found |= {"search": [asdict(of) for of in self.ranges], "trials": self.trials}
+        if self.tuned_by:
+            found |= {"tuned_by": self.tuned_by}
         return found
 
     def open_trials(self, storage: Any, worker: Worker, cell: Cell | None = None) -> Trials:
@@ -105,14 +108,15 @@ class Comparison:
 
     @property
     def objective(self) -> str:
-        return TASKS[self.task][1] if self.task in TASKS else "loss"
+        """The metric that a search goes by, and the first of the table."""
+        return self.tuned_by or (TASKS[self.task][1] if self.task in TASKS else "loss")
 
 
 def plan_comparison(
     task: str, optimizers: Sequence[str], seeds: int, settings: Sequence[str], margin: float, baseline: str | None,
-    arguments: Sequence[str], search: Sequence[str] = (), trials: int | None = None,
+    arguments: Sequence[str], search: Sequence[str] = (), trials: int | None = None, tuned_by: str | None = None,
 ) -> Comparison:  # fmt: skip
-    """What a command line asks for.
+    """What a command line asks for; `tuned_by` is the metric of a search, by default that of the task.
 
     Raises:
         UserError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, a
@@ -149,7 +153,9 @@ def plan_comparison(
     if not script.is_file():
         raise UserError(f"there is no task and no script {task!r}; tasks are {', '.join(TASKS)}")
     ranges = tuple(Range.parse(text) for text in search)
-    return Comparison(script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0)
+    return Comparison(
+        script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0, tuned_by
+    )
 
 
 def compare(

@@ -263,6 +263,8 @@ def resume(
         ConnectionError: the Hub failed.
         RuntimeError: the script failed.
     """
+    if script is not None and not Path(script).is_file():
+        raise UserError(f"there is no script {str(script)!r}; pass the path of your copy as --script")
     if script is not None and Path(repo_id).is_dir():
         _resume_folder(Path(repo_id), Path(output_dir or repo_id), script, extra)
         return
@@ -309,7 +311,14 @@ def resume(
 def _resume_folder(folder: Path, output_dir: Path, script: str | os.PathLike[str], extra: Sequence[str]) -> None:
     """Train on from the newest complete checkpoint of a run here, in its folder or in another one."""
     if (folder / "results.json").exists():
-        _refuse_several_processes(read_record(folder))
+        run = read_record(folder)
+        _refuse_several_processes(run)
+        if run.arguments and not extra:
+            again = ["agr-hf", "resume", str(folder), "--script", str(script), "--", *argument_words(run.arguments)]
+            raise UserError(
+                f"the run of {folder} had arguments, and the script gets none but those behind --; repeat what still "
+                f"holds:\n    {one_line(shlex.join(again))}"
+            )
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no complete checkpoint to go on from; start the script again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
@@ -32,6 +33,32 @@ def _prepare() -> None:
 
     register()
     private.add_default_callback(AutomaticRecord)
+    _resume_completely()
+
+
+def _resume_completely() -> None:
+    """Have the script's `trainer.train(resume_from_checkpoint=...)` be `agr_hf.integrations.trainer.train`."""
+    from transformers import Trainer
+
+    from agr_hf.integrations.trainer import train
+
+    own_train = Trainer.train
+    if hasattr(own_train, "__wrapped__"):
+        return
+    resuming: list[Trainer] = []
+
+    @functools.wraps(own_train)
+    def train_or_resume(trainer: Trainer, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        if not resume_from_checkpoint or trainer in resuming:
+            return own_train(trainer, resume_from_checkpoint, *args, **options)
+        resuming.append(trainer)
+        try:
+            names = ("trial", "ignore_keys_for_eval")
+            return train(trainer, resume_from_checkpoint, **dict(zip(names, args, strict=False)), **options)
+        finally:
+            resuming.remove(trainer)
+
+    Trainer.train = train_or_resume  # type: ignore[method-assign, assignment]
 
 
 def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> None:
@@ -40,7 +67,8 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
     It is `__main__`, with its own arguments and its folder first on `sys.path` (the current one for a module). Exceptions
     and `SystemExit` come out as they are. Processes that it starts by `multiprocessing` know the names too, whatever the
     start method; those that it starts as new programs do not. Every Trainer leaves the record of its run in its output
-    folder (`agr_hf.integrations.callbacks.RecordRun`).
+    folder (`agr_hf.integrations.callbacks.RecordRun`), and resumes as `agr_hf.integrations.trainer.train` does:
+    `--resume_from_checkpoint latest` takes the last complete checkpoint.
 
     Args:
         target: path of a script, or with `as_module` the name of a module or package.
@@ -74,14 +102,13 @@ def run_own_script(
     The script need not know of it: whatever folder it names, that Trainer writes into `output_dir`.
 
     Raises:
-        UserError: there is no such script, or it did not call `Trainer.train()`.
+        UserError: the script did not call `Trainer.train()`.
+        SystemExit: there is no such script.
     """
     from transformers import Trainer
 
     from agr_hf.integrations.trainer import train
 
-    if not Path(script).is_file():
-        raise UserError(f"there is no script {str(script)!r}; pass the path of your copy as --script")
     own_train, resumed = Trainer.train, False
 
     def train_on(trainer: Trainer, *ignored: Any, **options: Any) -> Any:
@@ -97,7 +124,10 @@ def run_own_script(
     finally:
         Trainer.train = own_train  # type: ignore[method-assign]
     if not resumed:
-        raise UserError(f"{script} ended without a call of Trainer.train(), so nothing was resumed from {checkpoint}")
+        raise UserError(
+            f"{script} ended without a call of Trainer.train(), so nothing was resumed from {checkpoint}; it gets the "
+            "arguments behind -- and no others: repeat there those of the first run"
+        )
 
 
 def _exists(module: str) -> bool:

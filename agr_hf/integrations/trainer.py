@@ -20,7 +20,8 @@ from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
 from agr_hf.integrations.optimizer_states import loads_older_state
 from agr_hf.integrations.random_states import kept_random_states
-from agr_hf.optim.flags import unwrapped
+from agr_hf.optim.attach import has_agr
+from agr_hf.optim.flags import agr_flags, unwrapped
 from agr_hf.optim.param_groups import set_agr_flags
 from agr_hf.optim.registry import OPTIMIZERS, OptimizerInfo, optimizer_info
 from agr_hf.optim.shards import is_dtensor
@@ -155,7 +156,7 @@ def trainer_optimizer(
     return OptimizerFactory, {"name": name, "weight_decay": weight_decay, **optimizer_arguments(info, args, options)}
 
 
-def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
     """`trainer.train(resume_from_checkpoint=...)` that resumes from what is complete, and completely.
 
     These go wrong without it:
@@ -170,11 +171,13 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
       by this function too.
     - A run with `max_steps` that is finished takes one step more.
     - A sharded optimizer state that was saved before an option of the groups existed, or by torch's AdamW, is not loaded.
+    - A run with AGR goes on with torch's AdamW where its optimizer is not named again. It may be meant: a warning says so.
 
     Args:
         trainer: ready to train.
         resume_from_checkpoint: None, a checkpoint folder, or "latest" for the last complete one of the output folder (a
             fresh start where there is none); True is "latest".
+        **options: other arguments of `trainer.train`.
 
     Raises:
         ValueError: the named checkpoint is not complete, or the newest one holds weights only; the message says what is
@@ -216,7 +219,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
             stack.enter_context(_replaced(trainer, name, save_and_wait))
         callbacks: list[TrainerCallback] = [draws]
         if checkpoint is not None:
-            callbacks.append(_load_weights_callback(checkpoint))
+            callbacks.append(_check_resumed_callback(checkpoint))
             if found := private.optimizer_loader(trainer):
                 name, load = found
 
@@ -233,7 +236,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None) ->
         for callback in callbacks:
             trainer.add_callback(callback)
             stack.callback(trainer.remove_callback, callback)
-        return trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.train(resume_from_checkpoint=checkpoint, **options)
 
 
 def _find_devices(trainer: Trainer) -> list[torch.device]:
@@ -271,14 +274,30 @@ def _read_state(checkpoint: str) -> dict[str, Any]:
     return state
 
 
-def _load_weights_callback(checkpoint: str) -> TrainerCallback:
+def _check_resumed_callback(checkpoint: str) -> TrainerCallback:
     from transformers import TrainerCallback
 
-    class LoadWeights(TrainerCallback):
+    class CheckResumed(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             load_renamed_weights(kwargs["model"], checkpoint)
+            _say_agr_ends(kwargs.get("optimizer"), checkpoint)
 
-    return LoadWeights()
+    return CheckResumed()
+
+
+def _say_agr_ends(optimizer: torch.optim.Optimizer | None, checkpoint: str) -> None:
+    """Where a run with AGR goes on without: torch's AdamW takes the state, and whoever forgot --optim would not notice."""
+    path = Path(checkpoint) / "optimizer.pt"
+    if optimizer is None or not path.is_file() or has_agr(unwrapped(optimizer)):
+        return
+    groups = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    if any(any(agr_flags(group)) for group in groups if "agr" in group):
+        logger.warning(
+            "%s was trained with AGR, and goes on without: this run's optimizer is %s; if that is not meant, give the "
+            "optimizer of the first run again (--optim agr_adamw, for example)",
+            checkpoint,
+            type(unwrapped(optimizer)).__name__,
+        )
 
 
 def load_renamed_weights(model: torch.nn.Module, checkpoint: str) -> bool:
@@ -370,7 +389,7 @@ def parse_optim_args(info: OptimizerInfo, text: str | None) -> dict[str, Any]:
         elif key not in accepted or key in FIELDS:
             raise UserError(_unknown(info, [key]))
         else:
-            options[key] = _value(key, value, str(accepted[key].annotation))
+            options[key] = _value(info, key, value)
     betas = [options.pop(key) for key in BETAS if key in options]
     if betas:
         default = accepted["betas"].default
@@ -395,16 +414,16 @@ def _number(key: str, text: str) -> float:
         raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be a number") from None
 
 
-def _value(key: str, text: str, annotation: str) -> Any:
-    """A value of the type that the optimizer's signature declares."""
-    if text == "None" and "None" in annotation:
-        return None
-    if "bool" in annotation:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be true or false")
-    if "int" in annotation:
-        if text.isdecimal():
-            return int(text)
-        raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be a whole number >= 0")
-    return _number(key, text) if "float" in annotation else text
+def _value(info: OptimizerInfo, key: str, text: str) -> Any:
+    """The value of an option; torch checks those of its own optimizers itself."""
+    option = getattr(info.cls, "options", {}).get(key)
+    if option is None:
+        plain = {"true": True, "false": False, "none": None}
+        return plain[text.lower()] if text.lower() in plain else _number(key, text)
+    try:
+        value = option.read(text)
+        if option.accepts(value):
+            return value
+    except (KeyError, ValueError):
+        pass
+    raise UserError(f"optim_args: {key}={text!r} is not allowed; it must be {option.allowed}")

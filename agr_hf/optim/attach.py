@@ -123,6 +123,12 @@ class AGRHandle:
                 param.grad = as_dtensor(shrunk, grad)
 
 
+def has_agr(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the steps of an optimizer apply AGR: it is one of the package's with AGR, or AGR is attached to it. Its groups
+    do not tell: torch's optimizers take over every key of a state that they load."""
+    return "agr" in optimizer.defaults or optimizer in _ATTACHED
+
+
 def attach_agr(optimizer: torch.optim.Optimizer, *, min_ndim: int = 2, steps: int | None = None) -> AGRHandle:
     """Apply Psi to the gradients before every step of any torch optimizer (Lion, Muon, SGD, a third party's).
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from agr_hf.optim.attach import has_agr
 from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.schema import find_reason
@@ -87,7 +88,7 @@ def write_own_record(
         "learning_rate": largest["lr"],
         "weight_decay": max(group.get("weight_decay", 0.0) for group in groups),
     }
-    attached = "agr_step" in optimizer.param_groups[0] and not type(optimizer).__module__.startswith("agr_hf.")
+    attached = has_agr(optimizer) and "agr" not in optimizer.defaults
     try:
         make_record(
             script=script,

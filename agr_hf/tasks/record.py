@@ -33,8 +33,8 @@ Argument = Scalar | list[Scalar]
 DEEPEST = 16
 NOTEBOOK = "notebook"  # in the place of a script's name
 NO_RECORD = (
-    "has no results.json: add RecordRun to your Trainer, or train with one of agr_hf's scripts; a run that did not finish "
-    "is started again with --resume_from_checkpoint latest"
+    "has no results.json: add RecordRun to your Trainer, train under agr-hf run, or with one of agr_hf's scripts; what was "
+    "stopped goes on there with --resume_from_checkpoint latest"
 )
 # Arguments that say where a run goes and not what it is, or that hold a secret: they are not in its record.
 NOT_RECORDED = re.compile(

@@ -128,7 +128,7 @@ def test_a_default_decay_is_said(caplog):
         ("momentum=0.9", "no option momentum"),
         ("agr_steps=many", "agr_steps='many' is not allowed; it must be a whole number"),
         ("agr_steps=-1", "it must be a whole number >= 0"),
-        ("agr=maybe", "it must be true or false"),
+        ("agr=maybe", "it must be True, False"),
         ("max_grad_norm=__import__('os')", "it must be a number"),
         ("beta1=0.9", "takes 2 betas, but 1 were given"),
     ],

@@ -34,7 +34,7 @@ args = arguments("unused", output_dir=options["--output_dir"], optim=options.get
                  num_train_epochs=int(options.get("--epochs", 2)), save_strategy="epoch", eval_strategy="epoch",
                  seed=int(options.get("--seed", 0)))
 trainer = Trainer(small_model(), args, train_dataset=small_data(64), eval_dataset=small_data(32))
-trainer.train()
+trainer.train(resume_from_checkpoint=options.get("--resume"))
 trainer.save_model()
 """
 
@@ -319,16 +319,45 @@ def test_a_run_of_a_users_script_is_resumed_to_the_weights_of_one_never_stopped(
     whole, more = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "more"))
     assert all(torch.equal(whole[key], more[key]) for key in whole)
     assert len(read_record(tmp_path / "more").epochs) == 4
+    assert main(["resume", str(tmp_path / "part"), "--script", str(script), "--output-dir", str(tmp_path / "x")]) == 1
+    words = capsys.readouterr().err
+    assert (
+        f"the script gets none but those behind --; repeat what still holds:\n    agr-hf resume {tmp_path / 'part'}"
+        in words
+    )
+    assert words.endswith(f"--script {script} -- --epochs 2\n")
+    assert not (tmp_path / "x").exists()
     assert main(["resume", str(tmp_path / "part"), "--output-dir", str(tmp_path / "x")]) == 1
     assert "--script" in capsys.readouterr().err
     assert main(["resume", str(tmp_path / "part"), "--script", "no.py", "--output-dir", str(tmp_path / "part")]) == 1
     assert "there is no script 'no.py'" in capsys.readouterr().err
 
 
+def test_a_script_under_agr_hf_run_resumes_from_what_is_complete_and_hears_of_a_forgotten_optimizer(script, tmp_path):
+    for name, epochs in (("whole", 4), ("part", 3)):
+        code, out = command("run", script, "--output_dir", tmp_path / name, "--epochs", epochs)
+        assert code == 0, out
+    newest = max((tmp_path / "part").glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    (newest / "optimizer.pt").unlink()  # as a kill in the save may leave it
+    again = ("run", script, "--output_dir", tmp_path / "part", "--epochs", 4, "--resume", "latest")
+    code, out = command(*again)
+    assert code == 0, out
+    assert f"{newest.name} is passed over" in out
+    assert "goes on without" not in out
+    whole, more = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(whole[key], more[key]) for key in whole)
+    code, out = command(*again[:-3], 5, *again[-2:], "--optim", "adamw_torch")
+    assert code == 0, out
+    assert "was trained with AGR, and goes on without: this run's optimizer is AdamW" in out
+
+
 def test_card_of_a_folder_without_a_record_says_what_to_do(tmp_path, capsys):
     assert main(["card", str(tmp_path)]) == 1
     words = capsys.readouterr().err
-    assert "no results.json: add RecordRun to your Trainer, or train with one of agr_hf's scripts" in words
+    assert (
+        "no results.json: add RecordRun to your Trainer, train under agr-hf run, or with one of agr_hf's scripts"
+        in words
+    )
 
 
 def test_an_accelerate_loop_leaves_the_same_record(tmp_path):
