@@ -154,7 +154,10 @@ def give_verdicts(table: Sequence[Paired]) -> list[Paired]:
     """
     different = _holm([row.p for row in table])
     equivalent = _holm([row.p_equivalence for row in table])
-    return [replace(row, verdict=_verdict(row, d, e)) for row, d, e in zip(table, different, equivalent, strict=True)]
+    return [
+        replace(row, verdict=_verdict(row, d, e, len(table)))
+        for row, d, e in zip(table, different, equivalent, strict=True)
+    ]
 
 
 def _holm(p_values: Sequence[float]) -> list[float]:
@@ -167,20 +170,21 @@ def _holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _verdict(row: Paired, p: float, p_equivalence: float) -> str:
+def _verdict(row: Paired, p: float, p_equivalence: float, tests: int) -> str:
     within = p_equivalence < LEVEL
     if p < LEVEL:
         return ("better" if row.difference > 0 else "worse") + (", but within the margin" if within else "")
-    return "equivalent within the margin" if within else f"cannot tell ({seeds_needed(row)})"
+    return "equivalent within the margin" if within else f"cannot tell ({seeds_needed(row, tests)})"
 
 
-def seeds_needed(row: Paired) -> str:
-    """About how many seeds would tell, at 80% power, that the difference seen is one, or that it is within the margin."""
+def seeds_needed(row: Paired, tests: int = 1) -> str:
+    """About how many seeds would tell, at 80% power, that the difference seen is one, or that it is within the margin, in a
+    table of so many tests."""
     if row.n < 2:
         return "one seed says nothing about the next"
     if row.deviation == 0.0:
         return f"the difference is the same in all {row.n} seeds, which says nothing about its spread"
     effect = max(abs(row.difference), row.margin - abs(row.difference), 1e-300)
-    quantiles = float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(0.8))
+    quantiles = float(stats.norm.ppf(1 - LEVEL / tests / 2) + stats.norm.ppf(0.8))
     needed = max(row.n + 1, math.ceil((quantiles * row.deviation / effect) ** 2) + 1)
     return f"about {needed:,} seeds would" if needed <= 10_000 else "more than 10,000 seeds would"

@@ -58,7 +58,7 @@ class ScriptRun:
             lines = self.log.read_text(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return lines[-1][:200] if lines else ""
+        return lines[-1][:1000] if lines else ""
 
 
 def _execute(run: ScriptRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +103,12 @@ def judge(found: Mapping[str, Any], *, equal: bool = False) -> Finding:
         verdict = "in part" if any(good) else "contradicted"
     else:
         verdict = "cannot tell"
-    return Finding(verdict, "; ".join(sentence(row, of) for row, of in rows), n=min(of.n for _, of in rows))
+    words = [sentence(row, of) for row, of in rows]
+    if found.get("search"):
+        tuned = found["search"]["tuned"].items()
+        rates = [f"{label({'optimizer': name, 'settings': {}})} {of['learning_rate']:g}" for name, of in tuned]
+        words.append(f"searched rates: {', '.join(rates)}")
+    return Finding(verdict, "; ".join(words), n=min(of.n for _, of in rows))
 
 
 WORDS = {
@@ -118,8 +124,8 @@ def sentence(row: Mapping[str, Any], of: Paired) -> str:
     low, high = sorted((sign * of.low, sign * of.high))
     return (
         f"{label(row)} less {label({**row, 'optimizer': row['baseline']})}, "
-        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} ({low:{form}} to {high:{form}}), "
-        f"{of.verdict}"
+        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} "
+        f"({'no interval' if math.isnan(low) else f'{low:{form}} to {high:{form}}'}), {of.verdict}"
     )
 
 
