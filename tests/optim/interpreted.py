@@ -209,3 +209,14 @@ def test_the_device_finds_that_a_step_is_skipped_and_what_the_loss_was_scaled_by
         other = OPTIMIZERS[name].cls([Parameter(torch.ones_like(param)) for param in ends[0][0]], lr=1e-2)
         other.load_state_dict(ends[0][1].state_dict())
         assert other.param_groups[0]["agr_step"] == 3
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_a_nan_of_any_bits_stays_one(rounding):
+    """With all bits set, what rounding adds to it would carry over, to a zero."""
+    param = Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    param.grad_dtype = None
+    param.grad = torch.ones(8, 8)
+    param.grad.view(torch.int32)[0] = 0x7FFFFFFF
+    AGRAdamW([param], rounding=rounding).step()
+    assert param[0].isnan().all()

@@ -288,3 +288,15 @@ def columns_of_a_tensor_draw_each_their_own():
 @pytest.mark.parametrize("check", [rows_of_a_tensor_draw_what_the_whole_draws, columns_of_a_tensor_draw_each_their_own])
 def test_shards(check, tmp_path):
     spawn(check, tmp_path)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["native", "lists"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_nan_of_any_bits_stays_one(rounding, fused):
+    """With all bits set, what rounding adds to it would carry over, to a zero."""
+    param = Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    param.grad_dtype = None
+    param.grad = torch.ones(8, 8)
+    param.grad.view(torch.int32)[0] = 0x7FFFFFFF
+    AGRAdamW([param], rounding=rounding, fused=fused).step()
+    assert param[0].isnan().all()
