@@ -142,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
     claim = commands.add_parser("claim", help="what the papers claim, and what was found")
     kinds = claim.add_subparsers(dest="kind", required=True, metavar="list|run")
     listed = kinds.add_parser("list", help="all claims as a table, with the verdicts of measurements")
-    listed.add_argument("--results", type=Path, help="a folder of measurements, as docs/claims")
+    listed.add_argument(
+        "--results", type=Path, default=Path("docs/claims"), help="a folder of measurements (%(default)s of the repository)"
+    )  # fmt: skip
     listed.set_defaults(run=run_claim_list)
     measured = kinds.add_parser(
         "run", help="measure one", usage="agr-hf claim run NAME --size SIZE --output DIR [options] [-- ARGUMENT ...]"
@@ -260,7 +262,7 @@ def run_report(arguments: argparse.Namespace) -> None:
 def run_claim_list(arguments: argparse.Namespace) -> None:
     from agr_hf.experiments.claims import claims_table, criteria, read_claims
 
-    print(claims_table(read_claims(arguments.results) if arguments.results else {}))
+    print(claims_table(read_claims(arguments.results)))
     print(f"\n{criteria()}")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agr_hf.cli import main
-from agr_hf.experiments.claims import CLAIMS, SIZES, VERDICTS, claims_table, read_claims, run_claim, training
+from agr_hf.experiments.claims import CLAIMS, SIZES, VERDICTS, claims_table, criteria, read_claims, run_claim, training
 from agr_hf.experiments.claims.gradients import tail_index
 from agr_hf.experiments.claims.theory import psi_jacobian, reddi_regret, slope
 from agr_hf.experiments.scope import ScopedAGRAdamW, scoped_psi
@@ -33,7 +33,9 @@ def test_at_least_twelve_claims_are_measured():
 
 
 def test_the_table_of_the_documents_is_that_of_the_measurements():
-    assert claims_table(MEASURED) in (DOCS / "claims.md").read_text(encoding="utf-8")
+    page = (DOCS / "claims.md").read_text(encoding="utf-8")
+    assert claims_table(MEASURED, "claims") in page
+    assert criteria() in page
 
 
 def test_every_claim_says_what_would_confirm_and_contradict_it(capsys):

@@ -32,7 +32,7 @@ class Layer:
         effect: ||Psi(g) - g|| / ||g||.
         largest_share: the largest |g| / sum|g|.
         noise: root mean square distance of a batch's gradient from the mean of all, over the root mean square of its
-            length: what one batch's gradient differs from the next's by anyway.
+            length: the difference between the gradients of two batches.
         zeros: fraction of elements that are exactly zero.
         log_std: standard deviation of ln|g| of the elements that are not; None where all are zero.
     """
@@ -124,8 +124,8 @@ def verdict(layers: list[Layer]) -> str:
     )
     if ratios:
         text += (
-            f" Against what one batch's gradient differs from the next's by, that is {statistics.median(ratios):.1e} in the "
-            "median layer."
+            f" In the median layer that is {statistics.median(ratios):.1e} of the difference between the gradients of two "
+            "batches."
         )
     if silent:
         text += f" {len(silent)} more got a gradient of exactly zero, which AGR leaves alone; they are not counted."

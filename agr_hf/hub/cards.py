@@ -171,7 +171,11 @@ def model_card(
             {
                 "tensors": group["tensors"],
                 "parameters": group["parameters"],
-                "options": [(key, value) for key, value in group.items() if key not in ("tensors", "parameters")],
+                "options": [
+                    (key, value)
+                    for key, value in group.items()
+                    if value is not None and key not in ("tensors", "parameters")
+                ],
             }
             for group in run.optimizer_groups
         ],

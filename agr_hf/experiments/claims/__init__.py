@@ -102,8 +102,9 @@ def read_claims(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
-def claims_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """All claims as a Markdown table, with the verdicts of those that were measured."""
+def claims_table(found: Mapping[str, Mapping[str, Any]], links: str | None = None) -> str:
+    """All claims as a Markdown table, with the verdicts of those that were measured, and with a link to the file of each in
+    the folder `links`."""
     lines = ["| claim | of | says | verdict | effect | n | size |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for name, claim in CLAIMS.items():
         own = found.get(name)
@@ -111,7 +112,8 @@ def claims_table(found: Mapping[str, Mapping[str, Any]]) -> str:
         if own:
             finding = claim.judge(own["measured"])
             verdict, effect, n, size = f"**{finding.verdict}**", finding.effect, str(finding.n), own["size"]
-        cells = [f"`{name}`", f"{claim.paper}, {claim.where}", claim.says, verdict, effect, n, size]
+        shown = f"[`{name}`]({links}/{name}.json)" if own and links else f"`{name}`"
+        cells = [shown, f"{claim.paper}, {claim.where}", claim.says, verdict, effect, n, size]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
