@@ -164,7 +164,7 @@ def test_a_comparison_is_judged_by_its_rows(differences, equal, verdict):
 def test_a_loss_is_told_as_it_is():
     found = training.judge(rows(BETTER, metric="loss"))
     assert found.verdict == "contradicted"
-    assert "AdamW(AGR) less AdamW, test loss: +1 (" in found.effect
+    assert "AdamW(AGR) minus AdamW, test loss: +1 (" in found.effect
 
 
 def test_metrics_of_the_epochs():

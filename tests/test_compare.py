@@ -62,7 +62,7 @@ def test_a_comparison_finds_what_helps(script, tmp_path, capsys):
     arguments = ["compare", str(script), "--optim", "adamw", "helps", "--seeds", "4", "--output", str(tmp_path / "out")]
     assert main([*arguments, "--set", "scale=1,2", "--", "--trace", str(trace_file)]) == 0
     out = capsys.readouterr().out
-    assert "0 runs left" in out
+    assert "; 0 left, about" in out
     assert "| helps, scale=1 | AdamW, scale=1 | accuracy | 4 |" in out
     assert "helps, scale=2 against AdamW, scale=2, accuracy: better." in out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())

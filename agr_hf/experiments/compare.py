@@ -254,7 +254,7 @@ class _Progress:
         self._seconds.append(seconds)
         left = statistics.median(self._seconds) * in_hand / self._workers
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if _is_number(value))
-        self.say(f"{name}: {numbers or 'diverged'} ({seconds:.0f} s); {in_hand} runs left, about {left / 60:.0f} min")
+        self.say(f"{name}: {numbers or 'diverged'} ({seconds:.0f} s); {in_hand} left, about {left / 60:.0f} min")
 
 
 class _Pool:

@@ -57,7 +57,7 @@ def draw_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ends = [row["difference"] if row[end] is None else row[end] for end in ("low", "high")]
         axes.plot([end / row["margin"] for end in ends], [place, place], color="tab:blue", marker="|")
         axes.plot(row["difference"] / row["margin"], place, "o", color="tab:blue")
-    names = [f"{label(row)} less {label(find_baseline(row))}, {words(row['metric'])}" for row in reversed(rows)]
+    names = [f"{label(row)} minus {label(find_baseline(row))}, {words(row['metric'])}" for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("worse  ←  difference, in margins  →  better")
@@ -225,7 +225,7 @@ def _intervals(found: Mapping[str, Any]) -> list[dict[str, str]]:
             sign = -1 if row["lower_is_better"] else 1
             single = [sign * (a - b) for a, b in zip(row["values"], row["baseline_values"], strict=True)]
             low, high = (math.nan if row[end] is None else row[end] for end in ("low", "high"))
-            name = f"{label(row)} less {label(find_baseline(row))}"
+            name = f"{label(row)} minus {label(find_baseline(row))}"
             drawn.append(Interval(name, row["difference"], low, high, single))
         title = (
             f"{words(metric)}{', points' if rows[0]['unit'] else ''}: dot and bar are the mean and its 95% interval, "

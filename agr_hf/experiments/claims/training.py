@@ -123,7 +123,7 @@ def sentence(row: Mapping[str, Any], of: Paired) -> str:
     form, sign = ("+.2f" if is_percent(row["metric"]) else "+.2g"), (-1 if lower_is_better(row["metric"]) else 1)
     low, high = sorted((sign * of.low, sign * of.high))
     return (
-        f"{label(row)} less {label({**row, 'optimizer': row['baseline']})}, "
+        f"{label(row)} minus {label({**row, 'optimizer': row['baseline']})}, "
         f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} "
         f"({'no interval' if math.isnan(low) else f'{low:{form}} to {high:{form}}'}), {of.verdict}"
     )
