@@ -13,7 +13,7 @@ from agr_hf.tasks.diffusion import RECIPES as DIFFUSION_RECIPES
 from agr_hf.tasks.recipes import IMAGE_RECIPES
 
 ROOT = Path(__file__).parents[2]
-STEPS = ROOT / "benchmarks/results/step-cpu-2-threads.json"
+STEPS = ROOT / "benchmarks/results/step-cpu-2-threads-models.json"
 PRECISION = ROOT / "benchmarks/results/low-precision.json"
 RELEASED = ROOT / "benchmarks/results/in-backward.json"
 MODELS = {
