@@ -43,11 +43,11 @@ def _resume_completely() -> None:
     from agr_hf.integrations.trainer import train
 
     own_train = Trainer.train
-    if hasattr(own_train, "__wrapped__"):
+    if getattr(own_train, "__module__", None) == __name__:  # ours already
         return
     resuming: list[Trainer] = []
 
-    @functools.wraps(own_train)
+    @functools.wraps(own_train, assigned=("__doc__", "__name__"))
     def train_or_resume(trainer: Trainer, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         if not resume_from_checkpoint or trainer in resuming:
             return own_train(trainer, resume_from_checkpoint, *args, **options)
