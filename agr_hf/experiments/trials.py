@@ -221,8 +221,9 @@ class Trials:
                 taken = Taken(self, trial, identity, run, searched)
                 taken.beat()
                 return taken
-            # Two commands have queued the same run, or one was faster to take the last one that waited.
-            self._study.tell(trial.number, state=TrialState.PRUNED)
+            # Two commands have queued the same run, or one was faster to take the last one that waited. SQLite may hand one
+            # trial to both.
+            self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def _is_taken(self, run: str, number: int) -> bool:
         """Whether an earlier trial has the run; of two, all machines agree on which is earlier."""
