@@ -11,6 +11,7 @@ from agr_hf.cli import main
 from agr_hf.experiments.claims import CLAIMS, SIZES, VERDICTS, claims_table, criteria, read_claims, run_claim, training
 from agr_hf.experiments.claims.gradients import tail_index
 from agr_hf.experiments.claims.theory import psi_jacobian, reddi_regret, slope
+from agr_hf.experiments.compare import plan_comparison
 from agr_hf.experiments.scope import ScopedAGRAdamW, scoped_psi
 from agr_hf.optim import AGRAdamW, agr
 
@@ -26,6 +27,20 @@ def test_the_verdict_of_a_measurement_follows_from_its_values(name):
     assert found["verdict"] in VERDICTS
     assert found["command"].startswith(f"agr-hf claim run {name} --size {found['size']}")
     assert found["device"]
+
+
+@pytest.mark.parametrize("name", [name for name, found in MEASURED.items() if found["measured"].get("search")])
+def test_rates_are_searched_by_the_metric_of_the_claim(name):
+    """By another one, a rate may be chosen that the claim's metric is bad at."""
+    (metric,) = {row["metric"] for row in MEASURED[name]["measured"]["rows"]}
+    searched_by = MEASURED[name]["measured"]["search"].get(
+        "tuned_by", "accuracy"
+    )  # of images, where nothing else is said
+    assert searched_by == metric
+    options = CLAIMS[name].sizes["small"].options
+    plan = plan_comparison("images", ["adal", "sgd"], 1, [], 0.2, None, [], options["search"], options["trials"],
+                           options.get("tuned_by"))  # fmt: skip
+    assert plan.objective == metric
 
 
 def test_at_least_twelve_claims_are_measured():

@@ -46,6 +46,19 @@ def test_runs_that_two_have_queued_at_once_are_taken_once(url, tmp_path, request
     assert other.take() is None
 
 
+def test_a_trial_that_two_were_handed_may_be_given_up_by_both(url, tmp_path, request, monkeypatch):
+    """SQLite locks no rows: the same waiting trial may go to two commands."""
+    one = queue(url, tmp_path / "one", request.node.name)
+    one.add({"run": {}})
+
+    def the_other_was_faster(run, number):
+        one._study.tell(number, state=module.TrialState.PRUNED)
+        return True
+
+    monkeypatch.setattr(one, "_is_taken", the_other_was_faster)
+    assert one.take() is None
+
+
 def test_a_dead_worker_on_this_disk_is_known_at_once(url, tmp_path, request):
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[3]); from test_trials import *; "

@@ -349,6 +349,9 @@ def test_a_script_under_agr_hf_run_resumes_from_what_is_complete_and_hears_of_a_
     code, out = command(*again[:-3], 5, *again[-2:], "--optim", "adamw_torch")
     assert code == 0, out
     assert "was trained with AGR, and goes on without: this run's optimizer is AdamW" in out
+    # Its groups have the keys of the state that it took over; AGR is not attached to it all the same.
+    assert (record := read_record(tmp_path / "part")).optimizer == "adamw"
+    assert "agr_attached" not in record.config
 
 
 def test_card_of_a_folder_without_a_record_says_what_to_do(tmp_path, capsys):
