@@ -46,17 +46,43 @@ def test_runs_that_two_have_queued_at_once_are_taken_once(url, tmp_path, request
     assert other.take() is None
 
 
-def test_a_trial_that_two_were_handed_may_be_given_up_by_both(url, tmp_path, request, monkeypatch):
-    """SQLite locks no rows: the same waiting trial may go to two commands."""
+def test_commands_that_take_at_the_same_moment_take_every_run_once(url, tmp_path, request):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[3]); from test_trials import *; q = queue(sys.argv[1], Path(sys.argv[2]), "
+        "sys.argv[4]); print('ready', flush=True); sys.stdin.readline(); q.add({f'run-{i}': {} for i in range(30)})\n"
+        "while taken := q.take():\n    taken.finish({'loss': 1.0}, 1.0); print(taken.run, flush=True)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, url, str(tmp_path / name), str(Path(__file__).parent), request.node.name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for name in ("one", "other", "third")
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    taken = [run for process in processes for run in process.communicate()[0].split()]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(taken) == sorted(f"run-{i}" for i in range(30))
+
+
+def test_a_trial_that_another_ended_in_the_same_moment_is_left_as_it_is(url, tmp_path, request, monkeypatch):
     one = queue(url, tmp_path / "one", request.node.name)
     one.add({"run": {}})
+    taken = one.take()
+    tell = one._study.tell
 
-    def the_other_was_faster(run, number):
-        one._study.tell(number, state=module.TrialState.PRUNED)
-        return True
+    def the_other_was_faster(number, **outcome):
+        tell(number, state=module.TrialState.PRUNED)
+        one._storage.set_trial_state_values(
+            taken.identity, module.TrialState.FAIL
+        )  # what tell does after it has looked
 
-    monkeypatch.setattr(one, "_is_taken", the_other_was_faster)
-    assert one.take() is None
+    monkeypatch.setattr(one._study, "tell", the_other_was_faster)
+    taken.fail()
+    assert one._study.trials[0].state == module.TrialState.PRUNED
 
 
 def test_a_dead_worker_on_this_disk_is_known_at_once(url, tmp_path, request):

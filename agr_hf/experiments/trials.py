@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from filelock import FileLock, Timeout
@@ -21,6 +21,9 @@ from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_tri
 from optuna.trial import TrialState
 
 from agr_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
 
 # A worker says every few seconds that it lives. The runs of one that has been silent for longer are taken by others: it may
 # be on another machine, where nobody can look.
@@ -44,10 +47,13 @@ def open_storage(url: str) -> RDBStorage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the heartbeat is experimental, and its callback gets another name
-                return RDBStorage(
+                storage = RDBStorage(
                     url, engine_kwargs=timeout, heartbeat_interval=BEAT, grace_period=SILENT,
                     failed_trial_callback=RetryFailedTrialCallback(),
                 )  # fmt: skip
+            if url.startswith("sqlite"):
+                _lock_from_the_first_read(storage.engine)
+            return storage
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
             if not (isinstance(error, IntegrityError) or "already exists" in reason) or attempt == 4:
@@ -58,6 +64,25 @@ def open_storage(url: str) -> RDBStorage:
     except SQLAlchemyError:
         shown = "the URL"
     raise UserError(f"--storage: {shown} cannot be opened: {reason}")
+
+
+def _lock_from_the_first_read(engine: Engine) -> None:
+    """Make SQLite's transactions one after another.
+
+    Optuna reads a trial's state and then writes it. PostgreSQL locks the row in between; SQLite has no such lock, and its
+    driver begins a transaction only at the writing: two commands would both take the trial that waits.
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections from before
 
 
 @dataclass(frozen=True)
@@ -196,7 +221,7 @@ class Trials:
             worker, began = trial.user_attrs.get("worker"), trial.datetime_start
             nobody = worker is None and began is not None and (datetime.now() - began).total_seconds() > SILENT
             if nobody or (worker and self._worker.is_dead(worker)):
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self.tell(trial.number, state=TrialState.FAIL)
                 self.put_back(trial.params, trial.user_attrs)
 
     def put_back(self, params: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -221,9 +246,13 @@ class Trials:
                 taken = Taken(self, trial, identity, run, searched)
                 taken.beat()
                 return taken
-            # Two commands have queued the same run, or one was faster to take the last one that waited. SQLite may hand one
-            # trial to both.
-            self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+            # Two commands have queued the same run, or one was faster to take the last one that waited.
+            self.tell(trial.number, state=TrialState.PRUNED)
+
+    def tell(self, number: int, **outcome: Any) -> None:
+        """Keep the outcome of a trial, as `Study.tell`, where no other worker has given it one."""
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # in the moment after tell has looked
+            self._study.tell(number, skip_if_finished=True, **outcome)
 
     def _is_taken(self, run: str, number: int) -> bool:
         """Whether an earlier trial has the run; of two, all machines agree on which is earlier."""
@@ -276,17 +305,14 @@ class Taken:
         # A worker that was silent for long, asleep with its machine, comes back to a trial that others have taken over.
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.trial.set_user_attr("metrics", dict(metrics))
-            self._tell(values=worst if value is None else value)
+            self.trials.tell(self.trial.number, values=worst if value is None else value)
 
     def fail(self) -> None:
         """It has no result, and is not taken again before it is queued again."""
         self.trials.failed += 1
-        self._tell(state=TrialState.FAIL)
+        self.trials.tell(self.trial.number, state=TrialState.FAIL)
 
     def give_back(self) -> None:
         """Queue it again: it was stopped on the way."""
-        self._tell(state=TrialState.FAIL)
+        self.trials.tell(self.trial.number, state=TrialState.FAIL)
         self.trials.put_back(self.trial.params, self.trial.user_attrs)
-
-    def _tell(self, **outcome: Any) -> None:
-        self.trials._study.tell(self.trial.number, skip_if_finished=True, **outcome)
