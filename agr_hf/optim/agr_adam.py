@@ -80,7 +80,8 @@ class AGRAdamW(_AGRAdam):
             and the element, so that a resumed run draws the same. Default 0.
         state_dtype: torch.bfloat16 keeps the first moment in 2 bytes an element instead of 4, rounded to nearest, or with
             "stochastic" at random. The second moment stays in float32. Default None, float32.
-        capturable: keep the step count on the device, for CUDA graphs. Default False.
+        capturable: keep the step count on the device, for CUDA graphs. `agr_steps` then goes by the steps of each tensor.
+            Default False.
 
     Raises:
         TypeError: there is no such option.

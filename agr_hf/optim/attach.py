@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agr_hf.optim.flags import agr_flags, is_suspended, unwrapped
 from agr_hf.optim.flattened import GivenLayers, check_not_flat, check_not_flattened, is_deepspeed_here
+from agr_hf.optim.layout import is_expanded
 from agr_hf.optim.norms import check_dense_real, local_sums
 from agr_hf.optim.options import is_count
 from agr_hf.optim.psi import shrink
@@ -117,10 +118,10 @@ class AGRHandle:
         for i, grad in here:
             param, norm = params[i], sums[i]
             shrunk = shrink(local(grad), norm, grad.numel())
-            if grad is param.grad:
+            if grad is param.grad and not is_expanded(local(grad)):
                 local(grad).copy_(shrunk)
             else:
-                param.grad = as_dtensor(shrunk, grad)
+                param.grad = as_dtensor(shrunk, grad) if is_dtensor(grad) else shrunk
 
 
 def has_agr(optimizer: torch.optim.Optimizer) -> bool:
@@ -132,9 +133,9 @@ def has_agr(optimizer: torch.optim.Optimizer) -> bool:
 def attach_agr(optimizer: torch.optim.Optimizer, *, min_ndim: int = 2, steps: int | None = None) -> AGRHandle:
     """Apply Psi to the gradients before every step of any torch optimizer (Lion, Muon, SGD, a third party's).
 
-    It changes `.grad` in place: that is its job. Both moments of an Adam then see Psi(g), which is
-    `second_moment="regularized"`; the paper's rule is `AGRAdamW`. Groups with `agr=False` (see `agr_param_groups`) are
-    left alone. A step with a closure is regularized after each evaluation of the closure.
+    It changes `.grad` in place, or replaces one that was expanded: that is its job. Both moments of an Adam then see
+    Psi(g), which is `second_moment="regularized"`; the paper's rule is `AGRAdamW`. Groups with `agr=False` (see
+    `agr_param_groups`) are left alone. A step with a closure is regularized after each evaluation of the closure.
 
     Args:
         optimizer: any torch optimizer; of an accelerate-prepared one the optimizer inside is taken.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from agr_hf.optim.flags import unwrapped
 from agr_hf.optim.shards import is_dtensor
 from agr_hf.optim.step import StepOptimizer
+
+# Optimizers with a live handle.
+_HANDLED: WeakSet[StepOptimizer] = WeakSet()
 
 
 class InBackwardHandle:
@@ -19,15 +23,21 @@ class InBackwardHandle:
         self._optimizer = optimizer
         self._inner: dict[Tensor, tuple[StepOptimizer, int, int]] = {}  # with the group, and the place in it
         self._stepped: set[Tensor] = set()  # since the last call of `optimizer.step`
+        self._counts: list[int | None] = []  # of the groups, before that call
         self._hooks: list[Any] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        self._take_params()
+        _HANDLED.add(optimizer)
+
+    def _take_params(self) -> None:
+        """Step in their backward pass what is trained now: layers are unfrozen, and groups added, in the middle of a run."""
         index = 0
-        for number, group in enumerate(optimizer.param_groups):
+        for number, group in enumerate(self._optimizer.param_groups):
             for place, param in enumerate(group["params"]):
-                if param.requires_grad:
-                    make: Any = type(optimizer)
+                if param.requires_grad and param not in self._inner:
+                    make: Any = type(self._optimizer)
                     self._inner[param] = make([param]), number, place
                     self._inner[param][0].first_index = index  # it draws the random bits of its place
                     self._hooks.append(param.register_post_accumulate_grad_hook(self._step))
@@ -37,6 +47,7 @@ class InBackwardHandle:
         """Leave the gradients of later backward passes to `optimizer.step`. May be called twice."""
         for hook in self._hooks:
             hook.remove()
+        _HANDLED.discard(self._optimizer)
 
     def _step(self, param: Tensor) -> None:
         optimizer, name = self._optimizer, type(self._optimizer).__name__
@@ -64,12 +75,15 @@ class InBackwardHandle:
                 f"{type(optimizer).__name__} steps in the backward pass, where the norm of all gradients is not known yet: "
                 "leave clipping out (max_grad_norm=0 in TrainingArguments)"
             )
+        self._counts = [group.get("agr_step") for group in optimizer.param_groups]
 
     def _after_step(self, optimizer: StepOptimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            if "agr_step" in group and any(param in self._stepped for param in group["params"]):
-                group["agr_step"] += 1
+        for group, count in zip(optimizer.param_groups, self._counts, strict=True):
+            # The step itself has counted where it found a gradient, of a layer that was unfrozen since the last one.
+            if count == group.get("agr_step") and count is not None and not self._stepped.isdisjoint(group["params"]):
+                group["agr_step"] = count + 1
         self._stepped.clear()
+        self._take_params()
 
 
 def check_alone(optimizer: StepOptimizer) -> None:
@@ -111,10 +125,15 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> InBackwardHandle:
         TypeError: `optimizer` is none of the package's.
         RuntimeError: gradients would change after they were made: `max_grad_norm` is set, or several processes share the
             job. So do a backward pass that accumulates gradients, and a step that is asked to clip. Clipping or scaling by
-            others (`torch.nn.utils.clip_grad_norm_`) finds no gradients, and does nothing.
+            others (`torch.nn.utils.clip_grad_norm_`) finds no gradients, and does nothing. Or the optimizer steps in the
+            backward pass already.
     """
     inner = unwrapped(optimizer)
     if not isinstance(inner, StepOptimizer):
         raise TypeError(f"step_in_backward takes an optimizer of agr_hf, but {type(inner).__name__} was given")
     check_alone(inner)
+    if inner in _HANDLED:
+        raise RuntimeError(
+            f"this {type(inner).__name__} steps in the backward pass already; call .remove() on the handle of the first time"
+        )
     return InBackwardHandle(inner)

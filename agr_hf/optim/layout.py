@@ -50,11 +50,16 @@ class Layout:
         return self.unflatten(self.flat(tensor).clone(), tensor)
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements along a dimension are one in memory."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def check_no_shared_memory(name: str, tensors: Sequence[Tensor]) -> None:
     """Raise a ValueError where two different parameters hold the same memory: one's update would undo the other's."""
     spans = []
     for tensor in tensors:
-        if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if is_expanded(tensor):
             raise ValueError(
                 f"{name}: the elements of a parameter of shape {tuple(tensor.shape)} share memory (it was expanded); give "
                 "the optimizer the tensor that was expanded, or a copy (.clone())"

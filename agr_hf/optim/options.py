@@ -144,11 +144,40 @@ def read_options(definition: type) -> dict[str, tuple[Any, Option]]:
     return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in hints.items()}
 
 
+def _refuse(group: Mapping[str, Any], optimizer: str, key: str, allowed: str) -> None:
+    raise UserError(f"{optimizer}: {key}={group[key]!r} is not allowed; it must be {allowed}")
+
+
+def check_numbers(group: Mapping[str, Any], optimizer: str, betas_count: int) -> None:
+    """Raise a ValueError where a step cannot compute with what was written into a group since it was checked.
+
+    A range is not looked at: a schedule may end a rounding error below 0.
+    """
+    lr, betas = group["lr"], group["betas"]
+    if not (lr.numel() == 1 if isinstance(lr, Tensor) else isinstance(lr, Real)):
+        _refuse(group, optimizer, "lr", "a number, or a tensor with one element")
+    if not (isinstance(betas, (tuple, list)) and len(betas) == betas_count and all(isinstance(b, Real) for b in betas)):
+        _refuse(group, optimizer, "betas", f"{betas_count} numbers")
+    for key in ("eps", "weight_decay"):
+        if not isinstance(group[key], Real):
+            _refuse(group, optimizer, key, "a number")
+    limit = group["max_grad_norm"]
+    if limit is not None and not (isinstance(limit, Real) and float(limit) > 0):
+        _refuse(group, optimizer, "max_grad_norm", "a number > 0, or None for no clipping")
+
+
+def check_options(group: Mapping[str, Any], optimizer: str, options: Mapping[str, Option]) -> None:
+    """Raise a ValueError that names the first option that is none of what is allowed."""
+    for key, option in options.items():
+        if not option.accepts(group[key]):
+            _refuse(group, optimizer, key, option.allowed)
+
+
 def check_group(group: Mapping[str, Any], optimizer: str, options: Mapping[str, Option], betas_count: int) -> None:
     """Raise a ValueError that names the argument, its value and its range for the first one that is out of range."""
 
     def refuse(key: str, allowed: str) -> None:
-        raise UserError(f"{optimizer}: {key}={group[key]!r} is not allowed; it must be {allowed}")
+        _refuse(group, optimizer, key, allowed)
 
     lr, betas = group["lr"], group["betas"]
     # The value of a tensor on a device is not looked at: reading it would wait for the device.
@@ -164,9 +193,7 @@ def check_group(group: Mapping[str, Any], optimizer: str, options: Mapping[str, 
     for key in ("eps", "weight_decay"):
         if not is_at_least_zero(group[key]):
             refuse(key, "a number >= 0")
-    for key, option in options.items():
-        if not option.accepts(group[key]):
-            refuse(key, option.allowed)
+    check_options(group, optimizer, options)
     if isinstance(group.get("agr"), list) and len(group["agr"]) != len(group["params"]):
         refuse(
             "agr",

@@ -20,6 +20,7 @@ from agr_hf.optim.backends.lists import ListsPart
 from agr_hf.optim.backends.look import TYPES
 from agr_hf.optim.flags import agr_flags, is_suspended
 from agr_hf.optim.layout import check_no_shared_memory
+from agr_hf.optim.options import check_options
 from agr_hf.optim.part import Part, Present, Row
 from agr_hf.optim.shards import LiveGroups, Scalar, add_over_shards, is_dtensor
 
@@ -54,6 +55,8 @@ class Plan:
         groups = self.groups = optimizer.param_groups
         self.params = present.params
         self.key = plan_key(optimizer)
+        for group in groups:
+            check_options(group, type(optimizer).__name__, optimizer.options)
         check_no_shared_memory(type(optimizer).__name__, present.locals)
         for param, grad in zip(present.params, present.grads, strict=True):
             if grad is not None:

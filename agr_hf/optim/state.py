@@ -241,7 +241,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
         for key in ("step", *self.scalar_state):
             number = entry.get(key, 0.0)
-            if not _is_number(number):
+            if not _is_number(number, param):
                 raise UserError(
                     f"{name}: {key} of parameter {i} must be a number >= 0 or a tensor with one, but {number!r} was given; "
                     "the state is broken: load another one"
@@ -262,9 +262,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         state["step"] = as_number(saved["step"], torch.float32, device if group["capturable"] else torch.device("cpu"))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any, param: Tensor) -> bool:
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_meta or value.is_complex():
+        if value.numel() != 1 or value.is_complex() or (value.is_meta and not param.is_meta):
             return False
         value = value.item() if value.is_cpu else 0.0  # a device's is not waited for
     return isinstance(value, (int, float)) and value >= 0

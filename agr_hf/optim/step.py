@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from agr_hf.optim.backends import native
 from agr_hf.optim.backends.capture import check_graph_capture
 from agr_hf.optim.flattened import check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.layout import check_no_shared_memory
-from agr_hf.optim.options import Option, StepOptions, check_group, read_options, use_plain_numbers
+from agr_hf.optim.options import Option, StepOptions, check_group, check_numbers, read_options, use_plain_numbers
 from agr_hf.optim.part import Present, Sums
 from agr_hf.optim.plan import Plan
 from agr_hf.optim.shards import LiveGroups, Scalar, as_number, local, widest
@@ -126,6 +127,11 @@ class StepOptimizer(StatefulOptimizer):
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         name = type(self).__name__
+        if is_lazy(param):
+            raise ValueError(
+                f"{name}: a parameter has no shape yet (a lazy layer's); run the model on one batch before the optimizer is "
+                "made"
+            )
         if param.dtype not in TRAINABLE:
             raise ValueError(
                 f"{name} trains parameters of float16, bfloat16, float32 and float64, but one of dtype {param.dtype} and "
@@ -152,7 +158,8 @@ class StepOptimizer(StatefulOptimizer):
         """Clip the global l2 norm of all gradients in the next step only, as `clip_grad_norm_` before it would.
 
         `.grad` is not changed. Where a group has a `max_grad_norm`, the smaller limit counts. Of several calls before a step
-        the last one counts.
+        the last one counts. A step that a GradScaler leaves out is none: the request waits for the step after it, which its
+        own call replaces; Trainer and Accelerate take care of it.
 
         Args:
             max_norm: > 0; math.inf measures only.
@@ -185,8 +192,8 @@ class StepOptimizer(StatefulOptimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or the layers of a group were flattened after it was made.
-            ValueError: a gradient or state does not fit its parameter, or two parameters share memory. A step that raises
-                has changed nothing.
+            ValueError: a gradient or state does not fit its parameter, two parameters share memory, or what was written into
+                a group is no value of its option. A step that raises has changed nothing.
         """
         loss = None
         if closure is not None:
@@ -202,6 +209,8 @@ class StepOptimizer(StatefulOptimizer):
     def take_step(self) -> None:
         """The step itself, without what torch's hooks add to `step`."""
         check_graph_capture(self)
+        for group in self.param_groups:
+            check_numbers(group, type(self).__name__, self.betas_count)
         request = self._clip_request
         unscale, skipped = self._read_loss_scale()
         if skipped is True:

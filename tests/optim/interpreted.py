@@ -121,7 +121,7 @@ def test_agr_is_suspended_after_its_steps(name, capturable):
     assert not torch.allclose(never[0][2], ends[0][0][2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e-40, 3e38])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 1e-40, 1e20, 3e38])
 @pytest.mark.parametrize("name", ["agr_adamw", "agr_adam", "adal"])
 def test_extreme_gradients_do_what_they_do_in_lists(name, value):
     ends = []

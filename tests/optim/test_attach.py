@@ -64,6 +64,16 @@ def test_remove_ends_it_and_may_be_called_twice():
         torch.testing.assert_close(p.detach(), theta - g, rtol=0, atol=0)
 
 
+def test_an_expanded_gradient_is_replaced():
+    param, expanded = torch.nn.Parameter(torch.zeros(3, 4)), torch.ones(1, 4).expand(3, 4)
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    attach_agr(optimizer)
+    param.grad = expanded
+    optimizer.step()
+    torch.testing.assert_close(-param.detach(), agr(torch.ones(3, 4)))
+    assert (expanded == 1).all()
+
+
 def test_suspension_is_counted_in_the_state_dict():
     params = as_parameters(initial()[:1])
     optimizer = torch.optim.SGD(params, lr=0.0)

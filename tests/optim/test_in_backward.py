@@ -113,6 +113,25 @@ def test_a_frozen_and_a_tied_parameter_are_as_without():
     assert_same(*ends)
 
 
+def test_a_layer_that_is_unfrozen_later_counts_each_step_once_and_joins():
+    ends = []
+    for inside in (True, False):
+        model = small_model()
+        model[0].weight.requires_grad_(False)
+        optimizer = AGRAdamW(model.parameters(), lr=1e-2, agr_steps=4)
+        if inside:
+            step_in_backward(optimizer)
+        for seed in range(6):
+            model[0].weight.requires_grad_(seed >= 2)
+            loss_of(model, seed).backward()
+            assert not inside or seed < 3 or model[0].weight.grad is None
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model)
+        assert optimizer.param_groups[0]["agr_step"] == 6
+    assert_same(*ends)
+
+
 def test_the_handle_gives_the_step_back():
     models = [small_model() for _ in range(2)]
     optimizers = [AGRAdamW(m.parameters(), lr=1e-2) for m in models]
@@ -131,6 +150,12 @@ def test_what_cannot_be_right_is_refused_before_anything_changes():
         step_in_backward(torch.optim.AdamW(small_model().parameters()))
     with pytest.raises(RuntimeError, match="needs all gradients before the first step"):
         step_in_backward(AGRAdamW(small_model().parameters(), max_grad_norm=1.0))
+    twice = AGRAdamW(small_model().parameters())
+    handle = step_in_backward(twice)
+    with pytest.raises(RuntimeError, match=r"steps in the backward pass already; call \.remove\(\) on the handle"):
+        step_in_backward(twice)
+    handle.remove()
+    step_in_backward(twice)
 
     model = small_model()
     optimizer = AGRAdamW(model.parameters())

@@ -296,6 +296,50 @@ def test_a_parameter_that_overlaps_itself_is_refused_and_not_counted(name):
             assert optimizer.param_groups[0].get("agr_step", 0) == 0
 
 
+@every_optimizer
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", "fast"), ("lr", None), ("lr", torch.ones(2)), ("betas", None), ("betas", (0.9,)), ("betas", ("a", "b", "c")),
+        ("eps", None), ("weight_decay", "0.1"), ("rounding", "up"), ("state_dtype", "int8"), ("max_grad_norm", -1.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_user_writes_into_a_group_is_refused_before_the_step_counts(name, key, value):
+    param, optimizer = one_step(name)
+    before = param.detach().clone()
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=rf"{key}=.* is not allowed; it must be"):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+    assert torch.equal(param, before)
+
+
+@every_optimizer
+def test_a_schedule_may_end_a_rounding_error_below_zero(name):
+    param, optimizer = one_step(name)
+    optimizer.param_groups[0]["lr"] = -1e-20
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+
+
+@every_optimizer
+def test_a_lazy_parameter_is_refused_with_what_to_do(name):
+    with pytest.raises(ValueError, match="no shape yet .* run the model on one batch"):
+        make(name, torch.nn.LazyLinear(3).parameters())
+
+
+@every_optimizer
+def test_an_optimizer_without_memory_loads_its_own_state(name):
+    """Shapes of a state are planned on the meta device."""
+    param = Parameter(torch.ones(3, 4, device="meta"))
+    param.grad = torch.ones(3, 4, device="meta")
+    optimizer = make(name, [param])
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[param]["step"] == 1
+
+
 # ---- a graph that the step has made stale
 
 

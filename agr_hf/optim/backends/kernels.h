@@ -129,7 +129,7 @@ static inline __attribute__((always_inline)) TARGET void NAMED(adam_loop)(
         float y = psi ? PSI(x, a.up, a.share) : x;
         float z = regularized ? y : x;
         float mean = m[i] + a.one_minus_b1 * (y - m[i]);
-        float square = a.b2 * v[i] + a.one_minus_b2 * (z * z);
+        float square = a.b2 * v[i] + a.one_minus_b2 * z * z;
         m[i] = mean;
         v[i] = square;
         p[i] = p[i] * a.decay - a.step_size * mean / (sqrtf(square) * a.correction + a.eps);
@@ -164,7 +164,7 @@ static inline __attribute__((always_inline)) TARGET void NAMED(adan_loop)(
         float mean = m[i] + a.one_minus_b1 * (y - m[i]);
         float difference = a.b2 * d[i] + a.one_minus_b2 * y_change;
         float ahead = x + a.b2 * change;
-        float square = a.b3 * v[i] + a.one_minus_b3 * (ahead * ahead);
+        float square = a.b3 * v[i] + a.one_minus_b3 * ahead * ahead;
         float denominator = sqrtf(square) * a.correction + a.eps;
         m[i] = mean;
         d[i] = difference;

@@ -236,7 +236,7 @@ def update_kernel(
             m = m + new1 * (y - m)
             d = keep2 * d + new2 * y_change
             ahead = x + keep2 * change
-            v = keep3 * v + new3 * (ahead * ahead)
+            v = keep3 * v + new3 * ahead * ahead
             moved = (size1 * m + size2 * d) / (tl.sqrt(v) * correction + eps)
             p = (p * shrunk_by - moved) * shrunk_after
             store_rounded(difference, at, mask, d, False, False, tl.zeros((BLOCK,), tl.uint32))
@@ -244,7 +244,7 @@ def update_kernel(
         else:
             z = tl.where(regularized, y, x)
             m = m + new1 * (y - m)
-            v = keep2 * v + new2 * (z * z)
+            v = keep2 * v + new2 * z * z
             p = p * shrunk_by - size1 * m / (tl.sqrt(v) * correction + eps)
         random = tl.zeros((BLOCK,), tl.uint32)
         if DRAWS:
