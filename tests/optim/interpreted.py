@@ -75,6 +75,8 @@ def assert_close(one, other, dtype):
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_equal_the_lists_at_odd_sizes(name, mix, options):
+    if mix[0] != mix[1] and not hasattr(Parameter(torch.ones(1)), "grad_dtype"):
+        pytest.skip("this torch has no gradients of another dtype than their parameter (grad_dtype, torch 2.10)")
     assert_close(train(name, mix=mix, **options), train(name, mix=mix, lists=True, **options), mix[0])
 
 
@@ -215,8 +217,7 @@ def test_the_device_finds_that_a_step_is_skipped_and_what_the_loss_was_scaled_by
 def test_a_nan_of_any_bits_stays_one(rounding):
     """With all bits set, what rounding adds to it would carry over, to a zero."""
     param = Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    param.grad_dtype = None
-    param.grad = torch.ones(8, 8)
-    param.grad.view(torch.int32)[0] = 0x7FFFFFFF
+    param.grad = torch.ones(8, 8, dtype=torch.bfloat16)
+    param.grad.view(torch.int16)[0] = 0x7FFF
     AGRAdamW([param], rounding=rounding).step()
     assert param[0].isnan().all()

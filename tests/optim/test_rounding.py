@@ -295,8 +295,7 @@ def test_shards(check, tmp_path):
 def test_a_nan_of_any_bits_stays_one(rounding, fused):
     """With all bits set, what rounding adds to it would carry over, to a zero."""
     param = Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    param.grad_dtype = None
-    param.grad = torch.ones(8, 8)
-    param.grad.view(torch.int32)[0] = 0x7FFFFFFF
+    param.grad = torch.ones(8, 8, dtype=torch.bfloat16)
+    param.grad.view(torch.int16)[0] = 0x7FFF
     AGRAdamW([param], rounding=rounding, fused=fused).step()
     assert param[0].isnan().all()

@@ -95,7 +95,8 @@ print("what follows is not reached")
 """
     )
     found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (0, "still in its group: False\n"), found.stderr
+    # Gloo itself greets there in older versions of torch.
+    assert (found.returncode, found.stdout.splitlines()[-1:]) == (0, ["still in its group: False"]), found.stderr
 
 
 @pytest.mark.parametrize("left", [1, 0])  # by ZeRO's stages 1 and 2, and by stage 3 between the steps
