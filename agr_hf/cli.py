@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "--search", action="append", default=[], metavar="ARGUMENT=LOW..HIGH",
         help="tune each optimizer first, with seeds of its own (learning_rate=1e-4..1e-2)",
     )  # fmt: skip
+    versus.add_argument("--metric", help="of the script, which a search goes by (accuracy of images, loss of others)")
     versus.add_argument("--trials", type=count, help="of the search, for each optimizer")
     versus.add_argument("--workers", type=count, default=1, help="runs at a time (%(default)s)")
     versus.add_argument(
@@ -246,6 +247,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
         arguments.extra,
         arguments.search,
         arguments.trials,
+        arguments.metric,
     )
     compare(comparison, arguments.output, workers=arguments.workers, storage=arguments.storage)
     print("\n" + (arguments.output / "report.md").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -81,3 +82,16 @@ def secret_in(content: bytes) -> str | None:
 def one_line(value: Any) -> str:
     """Text of others on one line, without what moves a terminal's cursor or turns the reading direction."""
     return CONTROLS.sub(" ", str(value)).strip()
+
+
+def markdown(value: Any) -> str:
+    """Text that stays text in Markdown: no markup, no HTML, no new cell of a table."""
+    # An underscore within a word is none of Markdown's.
+    return re.sub(r"([\\`*{}\[\]#|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", html.escape(one_line(value), quote=False))
+
+
+def code_span(value: Any) -> str:
+    """A code span of any text."""
+    text = one_line(value).replace("|", "\\|")
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

@@ -189,7 +189,9 @@ def test_links_and_names_that_lead_out_of_the_folder_are_refused(tmp_path):
 
 def test_a_comparison_that_compare_did_not_write_gets_a_sentence(tmp_path):
     comparison(tmp_path / "odd", comparisons=[{"optimizer": 3}])
-    with pytest.raises(UserError, match="'odd' could not be read"):
+    with pytest.raises(
+        UserError, match="odd holds no finished comparison of agr-hf compare .Field 'baseline' is missing"
+    ):
         show_report(tmp_path, "odd")
 
 

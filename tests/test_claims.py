@@ -78,6 +78,13 @@ def test_a_claim_is_measured_by_the_command(tmp_path, capsys):
     assert "**contradicted**" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"measured": {}}'])
+def test_a_file_that_is_no_measurement_is_named(text, tmp_path, capsys):
+    (tmp_path / "agr-norm.json").write_text(text)
+    assert main(["claim", "list", "--results", str(tmp_path)]) == 1
+    assert "agr-norm.json is no measurement of a claim" in capsys.readouterr().err
+
+
 def test_unknown_claims_and_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no claim 'nothing'; the names are agr-norm"):
         run_claim("nothing", "small", tmp_path)

@@ -187,6 +187,106 @@ def test_a_search_over_choices_tries_each_once(script, tmp_path):
     assert len(trace(script)) == 2 * (3 + 1)
 
 
+# What it does beside a result, `--does` says; a file `repaired` beside it ends that.
+ODD = """
+import argparse, json, pathlib, sys
+parser = argparse.ArgumentParser()
+for name in ("--optim", "--output_dir", "--does"):
+    parser.add_argument(name)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--width", type=int, default=1)
+arguments = parser.parse_args()
+does = "" if pathlib.Path(__file__).with_name("repaired").exists() else arguments.does
+folder = pathlib.Path(arguments.output_dir)
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parents[2] / "trace", "a") as file:
+    file.write(f"{arguments.optim} {arguments.seed} {arguments.width}\\n")
+accuracy = {1: 0.7, 2: 0.9, 3: 0.8}[arguments.width] + 0.001 * arguments.seed % 0.01
+metrics = {"accuracy": accuracy, "mse": 0.2}
+if does == "fails after its record":
+    metrics = {"train_loss": 1.0}
+if arguments.optim == "b" and arguments.seed != 0 and does in ("NaN", "Infinity", "-Infinity", "1" + 400 * "0"):
+    metrics["mse"] = "?"
+text = json.dumps({"metrics": metrics, "epochs": 5, "seconds": "ten"}).replace('"?"', does or "0")
+if does == "writes no metrics":
+    text = '{"metrics": {"accuracy": "high"}}'
+if does == "writes no JSON":
+    text = "{"
+(folder / "results.json").write_text(text)
+if does == "fails after its record":
+    sys.exit("out of memory")
+"""
+
+
+@pytest.fixture
+def odd(tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text(ODD)
+
+    def plan_odd(does="", seeds=2, **options):
+        return plan_comparison(
+            str(path), ["adamw", "b"], seeds, [], 0.2, None, [f"--does={does}"] * bool(does), **options
+        )
+
+    return plan_odd
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("fails after its record", r"4 of 4 runs failed.*exit code 1: out of memory"),
+        ("writes no metrics", r"4 of 4 runs failed.*no results.json with numbers as metrics \("),
+        ("writes no JSON", r"4 of 4 runs failed.*no results.json with numbers as metrics \("),
+    ],
+)
+def test_what_a_failed_run_has_left_is_no_result_and_the_repaired_script_runs_again(does, said, odd, tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=said):
+            compare(odd(does), tmp_path / "out")
+    (tmp_path / "repaired").touch()
+    found = compare(odd(does), tmp_path / "out")
+    assert {row["metric"]: row["n"] for row in found["comparisons"]} == {"accuracy": 2, "mse": 2}
+    ran = len((tmp_path / "out" / "trace").read_text().splitlines())
+    compare(odd(does), tmp_path / "out")
+    assert len((tmp_path / "out" / "trace").read_text().splitlines()) == ran == 3 * 4
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1" + 400 * "0"], ids=lambda value: value[:9])
+def test_a_number_that_is_not_finite_diverges_and_the_others_of_the_run_count(value, odd, tmp_path):
+    found = compare(odd(value, seeds=3), tmp_path / "out")
+    assert found["diverged"] == ["b, seed 1", "b, seed 2"]
+    assert {row["metric"]: row["n"] for row in found["comparisons"]} == {"accuracy": 3, "mse": 1}
+    searched = odd(value, seeds=1, search=["width=1,2"], trials=2, metric="mse")
+    assert len(compare(searched, tmp_path / "searched")["search"]["tuned"]) == 2  # it ends
+    assert len((tmp_path / "searched" / "trace").read_text().splitlines()) == 2 * (2 + 1)
+
+
+def test_a_search_goes_by_a_metric_that_the_script_has_and_writes_whole_numbers(odd, tmp_path):
+    said = "the search goes by loss, and the script's metrics are accuracy, mse: pass one as --metric"
+    with pytest.raises(RuntimeError, match=said):
+        compare(odd(search=["width=1,2,3"], trials=3), tmp_path / "loss")
+    found = compare(odd(search=["width=1,2,3"], trials=3, metric="accuracy"), tmp_path / "accuracy")
+    assert found["search"]["tuned"] == {"adamw": {"width": 2.0}, "b": {"width": 2.0}}
+    command = "odd.py --optim adamw b --search width=1,2,3 --trials 3 --metric accuracy --seeds 2 --output DIR`"
+    assert command in (tmp_path / "accuracy" / "report.md").read_text()
+
+
+def test_another_script_of_the_same_name_and_what_is_damaged_are_refused(odd, tmp_path):
+    compare(odd(), tmp_path / "out")
+    other = tmp_path / "other" / "odd.py"
+    other.parent.mkdir()
+    other.write_text(ODD)
+    with pytest.raises(ValueError, match=r"holds a comparison of .*/odd.py; pass another --output for .*/other/odd.py"):
+        compare(plan_comparison(str(other), ["adamw", "b"], 2, [], 0.2, None, []), tmp_path / "out")
+    for text in ("", "[]", '{"script": "odd.py"}'):
+        (tmp_path / "out" / "compare.json").write_text(text)
+        with pytest.raises(ValueError, match="compare.json is damaged; give another --output"):
+            compare(odd(), tmp_path / "out")
+    for name in ("a?b", "a%20b"):
+        with pytest.raises(ValueError, match="has . or % in its path"):
+            compare(odd(), tmp_path / name)
+
+
 OPTIMIZER = """
 import torch
 
@@ -244,12 +344,18 @@ def test_more_seeds_join_and_another_comparison_is_refused(script, tmp_path):
         ({"optimizers": ["adamw"]}, "two optimizers or more"),
         ({"baseline": "sgd"}, "a baseline among them"),
         ({"margin": 0.0}, "must be a number > 0"),
-        ({"arguments": ["--seed=3"]}, "cannot stand behind --"),
+        ({"arguments": ["--seed=3"]}, "cannot be given to the script"),
         ({"settings": ["scale"]}, "must be ARGUMENT=VALUE"),
         ({"settings": ["scale=a/b"]}, "cannot hold a /"),
         ({"search": ["scale=1..2"]}, "--search and --trials go together"),
         ({"search": ["scale=2..1"], "trials": 3}, "ARGUMENT=LOW..HIGH with LOW < HIGH"),
         ({"search": ["scale=1"], "trials": 3}, "or ARGUMENT=A,B,..."),
+        ({"settings": ["optim=sgd"]}, "--optim cannot be given to the script"),
+        ({"search": ["seed=1,2"], "trials": 2}, "--seed cannot be given to the script"),
+        ({"settings": ["scale=1,1"]}, "each value once"),
+        ({"settings": ["scale=1", "scale=2"]}, "take each argument once, but scale, scale were given"),
+        ({"settings": ["scale=1"], "search": ["scale=1,2"], "trials": 2}, "take each argument once"),
+        ({"margin": math.inf}, "must be a number > 0"),
         ({"task": "nothing"}, "no task and no script 'nothing'; tasks are images"),
     ],
 )

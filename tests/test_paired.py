@@ -102,3 +102,12 @@ def test_no_seeds_and_lists_of_other_lengths_are_refused():
     for values, baseline in ([[], []], [[1.0], [1.0, 2.0]]):
         with pytest.raises(ValueError, match="a value of both for each seed"):
             compare_paired(values, baseline, 0.1, **ACCURATE)
+
+
+def test_small_differences_have_a_spread_and_huge_ones_an_answer():
+    small = compare_paired([7e-13, 6e-13, 3e-13], [1e-13, 1e-13, 1e-13], 1e-13, lower_is_better=False)
+    assert small.deviation > 0
+    same = compare_paired([0.3, 0.4], [0.1, 0.2], 0.1, lower_is_better=False)
+    assert same.deviation == 0
+    huge = compare_paired([1e306, -1e306, 2e306], [0.0, 1e305, 1.0], 1.0, lower_is_better=False)
+    assert give_verdicts([huge])[0].verdict == "cannot tell (more than 10,000 seeds would)"

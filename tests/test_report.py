@@ -1,6 +1,7 @@
 """The report of a comparison: what it says first, what it draws, and that it needs nothing and nobody's markup."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -101,6 +102,62 @@ def test_the_page_needs_no_network_and_no_script(tmp_path):
 def test_texts_of_others_stay_texts(tmp_path):
     found = comparison(tmp_path, task=EVIL, device=EVIL, arguments=[EVIL], diverged=[EVIL])
     assert "<script" not in html_report([read_comparison(found)])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        "{",
+        "[]",
+        '{"metrics": {}, "epochs": 5}',
+        '{"epochs": [{"loss": 1}, 3], "seconds": "x", "gradients": {"layers": [1]}}',
+    ],
+)
+def test_a_record_of_another_form_is_left_out_of_the_curves(results, tmp_path):
+    folder = comparison(tmp_path)
+    for path in folder.glob("runs/*/*/results.json"):
+        path.write_text(results)
+    assert "accuracy: better" in write_reports([folder])[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"comparisons": [], "cells": 3}, "cells is no list"),
+        ({"cells": [{"optimizer": "a", "settings": {}, "folder": 3}]}, "'folder' expected str"),
+        ({"versions": None}, "'versions' expected a dict"),
+        ({"margin": "x"}, "'margin'"),
+    ],
+)
+def test_a_damaged_comparison_is_refused_in_a_sentence(changes, sentence, tmp_path):
+    with pytest.raises(ValueError, match=f"holds no finished comparison of agr-hf compare .*{sentence}"):
+        read_comparison(comparison(tmp_path, **changes))
+    (tmp_path / "comparison.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no finished comparison"):
+        read_comparison(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"values": []}, {"margin": 0}, {"difference": math.inf}, {"values": [math.nan] * 3}]
+)
+def test_numbers_that_are_none_are_refused(change, tmp_path):
+    folder = comparison(tmp_path)
+    found = json.loads((folder / "comparison.json").read_text())
+    found["comparisons"][0] |= change
+    (folder / "comparison.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="holds no finished comparison of agr-hf compare .a comparison"):
+        read_comparison(folder)
+
+
+def test_names_of_others_are_no_markup_in_markdown_and_no_mathematics_in_the_picture(tmp_path):
+    folder = comparison(tmp_path, diverged=["a|b\n# c <b>"])
+    found = json.loads((folder / "comparison.json").read_text())
+    found["comparisons"][0]["metric"] = "loss$\\frac{$|\n# x <img src=y>"
+    (folder / "comparison.json").write_text(json.dumps(found))
+    text = write_reports([folder])[1].read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# train.py: paired over seeds"]
+    assert "<img" not in text
+    assert "a\\|b \\# c &lt;b&gt;" in text
 
 
 def test_one_seed_and_no_curves_make_a_report_too(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from agr_hf.tasks.runs import plain
-from agr_hf.texts import one_line, public, secret_in
+from agr_hf.texts import markdown, one_line, public, secret_in
 
 PATHS = {
     "/srv/alice/runs/lr=1e-3": "lr=1e-3",
@@ -88,3 +88,16 @@ def test_a_long_text_takes_no_time(part):
 
 def test_a_text_of_others_is_one_line_and_moves_no_cursor():
     assert one_line("a\x1b[2J\nb\u202ec\u2066") == "a [2J b c"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("weight_decay=2e-4", "weight_decay=2e-4"),
+        ("_one_ __two__", "\\_one\\_ \\_\\_two\\_\\_"),
+        ("a | b\n# c", "a \\| b \\# c"),
+        ("<b>[x](y)*`~$", "&lt;b&gt;\\[x\\](y)\\*\\`\\~\\$"),
+    ],
+)
+def test_a_text_of_others_is_no_markup_in_markdown(text, shown):
+    assert markdown(text) == shown

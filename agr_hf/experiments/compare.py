@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import statistics
@@ -22,12 +23,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from agr_hf.environment import environment
 from agr_hf.errors import UserError
 from agr_hf.experiments.paired import Paired, bootstrap_interval, give_verdicts, pair_metric
 from agr_hf.experiments.processes import ScriptRun
 from agr_hf.experiments.report import write_reports
 from agr_hf.experiments.rerun import script_path
+from agr_hf.experiments.results import is_number, read_metrics
 from agr_hf.experiments.trials import BEAT, Range, Taken, Trials, Worker, open_storage
 from agr_hf.files import write_text
 from agr_hf.tasks.runs import lower_is_better, plain
@@ -73,7 +77,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared; see `agr-hf compare --help`."""
+    """What is compared; see `agr-hf compare --help`. `metric` is the user's choice in place of the task's."""
 
     script: Path
     task: str
@@ -84,7 +88,7 @@ class Comparison:
     arguments: tuple[str, ...]
     ranges: tuple[Range, ...] = ()
     trials: int = 0
-    tuned_by: str | None = None
+    metric: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,8 +96,8 @@ class Comparison:
         found: dict[str, Any] = {"script": self.script.name, "arguments": list(self.arguments)}
         if self.ranges:
             found |= {"search": [asdict(of) for of in self.ranges], "trials": self.trials}
-        if self.tuned_by:
-            found |= {"tuned_by": self.tuned_by}
+        if self.ranges and self.metric:
+            found |= {"tuned_by": self.metric}
         return found
 
     def open_trials(self, storage: Any, worker: Worker, cell: Cell | None = None) -> Trials:
@@ -109,14 +113,14 @@ class Comparison:
     @property
     def objective(self) -> str:
         """The metric that a search goes by, and the first of the table."""
-        return self.tuned_by or (TASKS[self.task][1] if self.task in TASKS else "loss")
+        return self.metric or (TASKS[self.task][1] if self.task in TASKS else "loss")
 
 
 def plan_comparison(
     task: str, optimizers: Sequence[str], seeds: int, settings: Sequence[str], margin: float, baseline: str | None,
-    arguments: Sequence[str], search: Sequence[str] = (), trials: int | None = None, tuned_by: str | None = None,
+    arguments: Sequence[str], search: Sequence[str] = (), trials: int | None = None, metric: str | None = None,
 ) -> Comparison:  # fmt: skip
-    """What a command line asks for; `tuned_by` is the metric of a search, by default that of the task.
+    """What a command line asks for; `metric` is what a search goes by, by default that of the task.
 
     Raises:
         UserError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, a
@@ -129,32 +133,37 @@ def plan_comparison(
             f"compare takes two optimizers or more and a baseline among them, but {', '.join(names)} and the baseline "
             f"{baseline} were given"
         )
-    if not margin > 0:
+    if not 0 < margin < math.inf:
         raise UserError(f"margin={margin!r} is not allowed; it must be a number > 0")
     if bool(search) != (trials is not None):
         raise UserError("--search and --trials go together: where to look, and how often for each optimizer")
-    own = [
-        word for word in arguments if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in OWN_ARGUMENTS
-    ]
-    if own:
-        raise UserError(
-            f"{', '.join(own)} cannot stand behind --: compare itself gives the script {', '.join(OWN_ARGUMENTS)}"
-        )
+    ranges = tuple(Range.parse(text) for text in search)
     grid = []
     for setting in settings:
-        key, equals, values = setting.partition("=")
-        if not (key and equals and all(values.split(","))):
-            raise UserError(f"--set {setting} is not allowed; it must be ARGUMENT=VALUE,VALUE,... of the script")
-        grid.append([(key, value) for value in values.split(",")])
+        key, equals, text = setting.partition("=")
+        values = text.split(",")
+        if not (key and equals and all(values)) or len(set(values)) < len(values):
+            raise UserError(
+                f"--set {setting} is not allowed; it must be ARGUMENT=VALUE,VALUE,... of the script, each value once"
+            )
+        grid.append([(key, value) for value in values])
+    varied = [values[0][0] for values in grid] + [of.argument for of in ranges]
+    if len(set(varied)) < len(varied):
+        raise UserError(f"--set and --search take each argument once, but {', '.join(varied)} were given")
+    words = [f"--{name}" for name in varied] + list(arguments)
+    own = [word for word in words if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in OWN_ARGUMENTS]
+    if own:
+        raise UserError(
+            f"{', '.join(own)} cannot be given to the script: compare itself gives it {', '.join(OWN_ARGUMENTS)}"
+        )
     cells = tuple(Cell(name, chosen) for chosen in product(*grid) for name in names)
     if any("/" in cell.name or cell.name.startswith(".") for cell in cells):
         raise UserError("optimizers and values of --set name folders, and cannot hold a /")
     script = script_path(TASKS[task][0]) if task in TASKS else Path(task)
     if not script.is_file():
         raise UserError(f"there is no task and no script {task!r}; tasks are {', '.join(TASKS)}")
-    ranges = tuple(Range.parse(text) for text in search)
     return Comparison(
-        script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0, tuned_by
+        script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0, metric
     )
 
 
@@ -182,6 +191,10 @@ def compare(
         UserError: the folder is of another comparison, or the database cannot be opened.
         RuntimeError: runs failed; the others are done, and the message names the logs.
     """
+    if storage is None and {"?", "%"} & set(str(output.resolve())):
+        raise UserError(
+            f"{output} has ? or % in its path, which the URL of its database cannot hold; pass another --output"
+        )
     _claim(comparison, output)
     database = open_storage(storage or f"sqlite:///{(output / 'trials.db').resolve()}")
     total = len(comparison.cells) * (comparison.seeds + comparison.trials)
@@ -195,6 +208,10 @@ def compare(
             for seed, cell in product(range(comparison.seeds), comparison.cells)
         })  # fmt: skip
         pool.work(queue, output / "runs")
+    except optuna.exceptions.StorageInternalError as error:
+        raise RuntimeError(
+            f"the database of runs failed: {error.__cause__ or error}; start the command again"
+        ) from None
     finally:
         worker.end()
     found = summarize(comparison, queue.metrics(), tuned)
@@ -221,16 +238,33 @@ def _search(
 
 def make_words(cell: Cell, searched: Mapping[str, float], seed: int) -> list[str]:
     """Arguments of the script that are compare's own."""
-    tuned = [word for key, value in searched.items() for word in (f"--{key}", repr(value))]
+    tuned = [
+        word
+        for key, value in searched.items()
+        # A whole number is written as one: arguments may be of that type.
+        for word in (f"--{key}", f"{value:.0f}" if value.is_integer() and abs(value) < 2**53 else repr(value))
+    ]
     return [*cell.arguments, *tuned, "--seed", str(seed)]
 
 
 def _claim(comparison: Comparison, output: Path) -> None:
     """Refuse a folder of another comparison; more seeds or optimizers than before are no other one."""
-    mark, own = output / "compare.json", comparison.identity
+    mark, own = output / "compare.json", {**comparison.identity, "path": str(comparison.script)}
+    if comparison.task in TASKS:
+        del own["path"]  # another installation has its scripts elsewhere
     if mark.exists():
-        before = json.loads(mark.read_text())
-        if before != json.loads(json.dumps(own)):
+        try:
+            before = json.loads(mark.read_text())
+            before["script"], before["arguments"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{mark} is damaged; give another --output, or remove it if the folder is of this comparison"
+            ) from None
+        if before.get("path", own.get("path")) != own.get("path"):
+            raise UserError(
+                f"{output} holds a comparison of {before['path']}; pass another --output for {comparison.script}"
+            )
+        if {**before, "path": None} != {**json.loads(json.dumps(own)), "path": None}:
             searched = [of["argument"] for of in before.get("search", [])]
             raise UserError(
                 f"{output} holds a comparison of {before['script']} with the arguments "
@@ -253,7 +287,7 @@ class _Progress:
     def done(self, name: str, seconds: float, metrics: Mapping[str, Any], in_hand: int) -> None:
         self._seconds.append(seconds)
         left = statistics.median(self._seconds) * in_hand / self._workers
-        numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if _is_number(value))
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if is_number(value))
         self.say(f"{name}: {numbers or 'diverged'} ({seconds:.0f} s); {in_hand} left, about {left / 60:.0f} min")
 
 
@@ -313,6 +347,8 @@ class _Pool:
             beats.join()
             for process in running:  # Ctrl-C: the scripts end with their workers
                 process.terminate()
+                process.join(timeout=BEAT)
+                process.kill()  # one that does not listen
                 process.join()
             for taken in in_hand:
                 taken.give_back()
@@ -320,32 +356,21 @@ class _Pool:
     def _end(self, process: BaseProcess, taken: Taken, run: ScriptRun, seconds: float, trials: Trials) -> None:
         process.join()
         metrics = read_metrics(run.folder)
-        if process.exitcode or metrics is None:
-            why = f"exit code {process.exitcode}" if process.exitcode else "no results.json with metrics"
-            self.failed.append(f"{run.folder.parent.name}, {run.folder.name}: {why}: {run.last_line()} ({run.log})")
+        key = self._comparison.objective
+        why = "" if process.exitcode == 0 else f"exit code {process.exitcode}"
+        if not why and metrics is None:
+            why = "no results.json with numbers as metrics"
+        if not why and trials.is_search and key not in (metrics or {}):
+            why = f"the search goes by {key}, and the script's metrics are {', '.join(metrics or {})}: pass one as --metric"
+        if why or metrics is None:
+            said = run.last_line() if process.exitcode else ""
+            self.failed.append(": ".join([f"{run.folder.parent.name}, {run.folder.name}", why, *[said] * bool(said)]))
+            self.failed[-1] += f" ({run.log})"
             taken.fail()
             self._progress.say(self.failed[-1])
             return
-        key = self._comparison.objective
-        key = key if key in metrics else next(iter(metrics), "")
         taken.finish(metrics, metrics.get(key))
         self._progress.done(f"{run.folder.parent.name}, {run.folder.name}", seconds, metrics, trials.in_hand())
-
-
-def read_metrics(folder: Path) -> dict[str, Any] | None:
-    """The metrics of a run that is done: numbers, and None for what is not finite. None where there are none."""
-    try:
-        found = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError):
-        return None
-    metrics = found.get("metrics") if isinstance(found, dict) else None
-    if not isinstance(metrics, dict):
-        return None
-    return {key: value for key, value in metrics.items() if value is None or _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def summarize(
@@ -381,6 +406,8 @@ def summarize(
     verdicts = give_verdicts([paired for _, paired in rows])
     return {
         "task": comparison.task,
+        "baseline": comparison.baseline,
+        "metric": comparison.metric,
         "script": comparison.script.name,
         "arguments": list(comparison.arguments),
         "margin": comparison.margin,

@@ -19,7 +19,7 @@ from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.tasks.record import RunRecord, read_record, read_records
 from agr_hf.tasks.runs import lower_is_better
-from agr_hf.texts import one_line
+from agr_hf.texts import markdown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -134,7 +134,7 @@ def leaderboard(runs: Iterable[RunRecord]) -> str:
             _differences(run, values_of[_place(run)]), len(group), row.label, value,
             f"{statistics.mean(seconds):.0f}" if seconds else "–",
         ]  # fmt: skip
-        lines.append("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(markdown, cells)) + " |")
     verdicts = _compare(rows)
     return "\n".join(lines + ["", *verdicts] * bool(verdicts))
 
@@ -153,7 +153,7 @@ def _compare(rows: Sequence[_Row]) -> list[str]:
             pairs.append(({**names, **pair[0]}, pair[1]))
     verdicts = give_verdicts([paired for _, paired in pairs])
     found = [{**kept, **asdict(paired)} for (kept, _), paired in zip(pairs, verdicts, strict=True)]
-    return [f"- {one_line(sentence)}" for sentence in sentences({"comparisons": found})]
+    return [f"- {markdown(sentence)}" for sentence in sentences({"comparisons": found})]
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:

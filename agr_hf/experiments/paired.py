@@ -78,7 +78,7 @@ def compare_paired(
     error = deviation / math.sqrt(n)
     # Differences that are all alike leave nothing to estimate their spread from: a metric that counts few examples is
     # often the same in two seeds, and that is no evidence.
-    if deviation <= 1e-12 * max(1.0, float(numpy.abs(x).max())):
+    if deviation <= 1e-12 * max(float(numpy.abs(x).max()), float(numpy.abs(y).max())):
         return Paired(n, mean, math.nan, math.nan, 0.0, unpaired, math.nan, math.nan, margin)
     half = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * error
     p = 2 * _tail(n, abs(mean) / error)
@@ -186,5 +186,7 @@ def seeds_needed(row: Paired, tests: int = 1) -> str:
         return f"the difference is the same in all {row.n} seeds, which says nothing about its spread"
     effect = max(abs(row.difference), row.margin - abs(row.difference), 1e-300)
     quantiles = float(stats.norm.ppf(1 - LEVEL / tests / 2) + stats.norm.ppf(0.8))
-    needed = max(row.n + 1, math.ceil((quantiles * row.deviation / effect) ** 2) + 1)
-    return f"about {needed:,} seeds would" if needed <= 10_000 else "more than 10,000 seeds would"
+    needed = (quantiles * row.deviation / effect) ** 2
+    if not needed < 10_000:  # or beyond all numbers
+        return "more than 10,000 seeds would"
+    return f"about {max(row.n + 1, math.ceil(needed) + 1):,} seeds would"

@@ -12,6 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from agr_hf.experiments.results import read_metrics
+from agr_hf.files import write_text
+
 # Loaded once, in the server that the processes are forked from. Nothing there may start a thread or touch a device.
 PRELOADED = """
     transformers.trainer accelerate timm datasets diffusers sklearn.datasets sklearn.model_selection agr_hf.hub.push
@@ -27,7 +30,7 @@ class ScriptRun:
         script: its file.
         arguments: of the script.
         optimizer: its name, or the `module:Class` of another package, which the process makes known as `--optim`.
-        folder: of the run; its results.json says that it is done. The lock and the log stand beside it.
+        folder: of the run. Its log, its lock, and the file that says that it is done stand beside it.
         threads: of torch.
     """
 
@@ -40,6 +43,11 @@ class ScriptRun:
     @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def mark(self) -> Path:
+        """There once the script has ended well, with a result: a Trainer script has a record before its last evaluation."""
+        return self.folder.with_name(f"{self.folder.name}.done")
 
     def start(self) -> BaseProcess:
         """Start it in a process of its own; it returns at once where the run is done already."""
@@ -64,8 +72,10 @@ class ScriptRun:
 def _execute(run: ScriptRun) -> None:
     # The process holds the lock itself: whoever started it may be killed, and the run is still in hand until it ends.
     with FileLock(run.folder.with_name(f"{run.folder.name}.lock")):
-        if (run.folder / "results.json").exists():
+        if run.mark.exists() and read_metrics(run.folder) is not None:
             return
+        for left in (run.mark, run.folder / "results.json"):  # of a go that failed
+            left.unlink(missing_ok=True)
         file = os.open(run.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file, stream.fileno())
@@ -79,4 +89,10 @@ def _execute(run: ScriptRun) -> None:
         torch.set_num_threads(run.threads)
         if ":" in run.optimizer:
             add_optimizer(run.optimizer)
-        run_script(str(run.script), run.arguments)
+        try:
+            run_script(str(run.script), run.arguments)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+        if read_metrics(run.folder) is not None:
+            write_text(run.mark, "")

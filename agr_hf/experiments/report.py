@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import statistics
@@ -11,13 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from agr_hf.errors import UserError
 from agr_hf.experiments import charts
 from agr_hf.experiments.charts import Interval, Series, draw_curves, draw_intervals, sample
 from agr_hf.experiments.paired import is_percent
+from agr_hf.experiments.results import is_number, read_comparison
 from agr_hf.files import replaced_file, write_text
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.tasks.runs import lower_is_better
+from agr_hf.texts import code_span, markdown
 
 LAYERS = 20  # shown, of those with the largest effect
 
@@ -57,42 +57,15 @@ def draw_differences(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ends = [row["difference"] if row[end] is None else row[end] for end in ("low", "high")]
         axes.plot([end / row["margin"] for end in ends], [place, place], color="tab:blue", marker="|")
         axes.plot(row["difference"] / row["margin"], place, "o", color="tab:blue")
-    names = [f"{label(row)} minus {label(find_baseline(row))}, {words(row['metric'])}" for row in reversed(rows)]
+    names = [
+        f"{label(row)} minus {label(find_baseline(row))}, {words(row['metric'])}".replace("$", r"\$")  # no mathematics
+        for row in reversed(rows)
+    ]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("worse  ←  difference, in margins  →  better")
     axes.set_xscale("symlog", linthresh=1)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def read_comparison(folder: Path) -> dict[str, Any]:
-    """`comparison.json` of a folder, with the results of its runs under "runs", by optimizer.
-
-    Raises:
-        UserError: there is none, or it is not whole.
-    """
-    if (folder / "results.json").exists() and not (folder / "comparison.json").exists():
-        raise UserError(
-            f"{folder} holds one run, and a report is of a comparison: agr-hf card {folder} shows the run; agr-hf compare "
-            "SCRIPT --optim NAME NAME runs its script with several optimizers and writes a report"
-        )
-    try:
-        found: dict[str, Any] = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-        found["comparisons"], found["cells"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no finished comparison of agr-hf compare ({error})") from None
-    for cell in found["cells"]:
-        if "/" in cell["folder"] or cell["folder"].startswith("."):  # a comparison may come from a stranger
-            raise UserError(
-                f"{folder} has runs in {cell['folder']!r}; it must be a folder's name, without / and leading dot"
-            )
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for cell in found["cells"]:
-        for path in sorted((folder / "runs" / cell["folder"]).glob("seed-*/results.json")):
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(run, dict):
-                runs.setdefault(label(cell), []).append(run)
-    return {**found, "name": folder.resolve().name, "runs": runs}
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -106,8 +79,8 @@ def label(row: Mapping[str, Any]) -> str:
 def markdown_report(found: Mapping[str, Any]) -> str:
     """One comparison as Markdown: the verdicts first."""
     lines = [
-        f"# {found['script']}: paired over seeds", "", *[f"- {text}" for text in sentences(found)], "", method(found), "",
-        f"`{shlex.join([found['script'], *found['arguments']])}`", "",
+        f"# {markdown(found['script'])}: paired over seeds", "", *[f"- {markdown(text)}" for text in sentences(found)], "",
+        markdown(method(found)), "",
         "| optimizer | baseline | metric | n | optimizer's mean | baseline's mean | difference | 95% interval | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -115,10 +88,14 @@ def markdown_report(found: Mapping[str, Any]) -> str:
         own, other = (f"{statistics.mean(row[key]):.4g}{row['unit']}" for key in ("values", "baseline_values"))
         cells = [label(row), label(find_baseline(row)), row["metric"], str(row["n"]), own, other,
                  f"{row['difference']:+.3g}", interval_words(row), row["verdict"]]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(markdown, cells))} |")
     if found["diverged"]:
-        lines += ["", f"Not finite at the end, and in no pair: {'; '.join(found['diverged'])}."]
-    lines += ["", *[f"- {key}: {value}" for key, value in conditions(found)], ""]
+        lines += ["", f"Not finite at the end, and in no pair: {'; '.join(map(markdown, found['diverged']))}."]
+    lines += [
+        "",
+        *[f"- {key}: {(code_span if key == 'command' else markdown)(value)}" for key, value in conditions(found)],
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -147,21 +124,27 @@ def interval_words(row: Mapping[str, Any]) -> str:
 
 def method(found: Mapping[str, Any]) -> str:
     """How the numbers came about, for readers of the report."""
+    smaller, larger = (
+        [
+            words(key)
+            for key in dict.fromkeys(row["metric"] for row in found["comparisons"] if row["lower_is_better"] == low)
+        ]
+        for low in (True, False)
+    )
+    better = [f"{name} is better: {', '.join(of)}" for name, of in (("smaller", smaller), ("larger", larger)) if of]
     return (
         "Differences are within each seed (the same initial weights, data and order), and positive where the optimizer is "
-        "better than the baseline; 95% intervals by Student's t. Verdicts hold at 5% for the whole table (Holm). The margin "
-        f"is {found['margin']:g} points for metrics in percent, and {found['margin']:g}% of the baseline's mean for others."
+        f"better than the baseline ({'; '.join(better)}); 95% intervals by Student's t. Verdicts hold at 5% for the whole "
+        f"table (Holm). The margin is {found['margin']:g} points for metrics in percent, and {found['margin']:g}% of the "
+        "baseline's mean for others."
     )
 
 
 def conditions(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = shlex.join(dict.fromkeys(cell["optimizer"] for cell in found["cells"]))
-    settings = [f"--set {key}" for key in dict.fromkeys(key for cell in found["cells"] for key in cell["settings"])]
     search = found.get("search") or {"trials": 0, "tuned": {}}
     chosen = [f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in of.items())}" for name, of in search["tuned"].items()]
     rows = {
-        "command": f"agr-hf compare {' '.join([found['task'], '--optim', names, *settings])} --seeds {found['seeds']} "
-        f"-- {shlex.join(found['arguments'])}",
+        "command": shlex.join(_command(found)),
         "search": chosen
         and f"{search['trials']} trials for each optimizer, with a seed of their own; {'; '.join(chosen)}",
         "device": f"{found['device']}, {found['cpu_cores']} cores",
@@ -169,6 +152,38 @@ def conditions(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
     }
     return [(key, str(value)) for key, value in rows.items() if value]
+
+
+def _command(found: Mapping[str, Any]) -> list[str]:
+    """What makes the comparison, with DIR for its folder."""
+    command = [
+        "agr-hf",
+        "compare",
+        found["task"],
+        "--optim",
+        *dict.fromkeys(cell["optimizer"] for cell in found["cells"]),
+    ]
+    for key in dict.fromkeys(key for cell in found["cells"] for key in cell["settings"]):
+        command += ["--set", f"{key}={','.join(dict.fromkeys(str(cell['settings'][key]) for cell in found['cells']))}"]
+    for of in (found.get("search") or {}).get("search", []):
+        ends = ",".join(f"{choice:g}" for choice in of["choices"]) or f"{of['low']:g}..{of['high']:g}"
+        command += ["--search", f"{of['argument']}={ends}"]
+    if found.get("search"):
+        command += ["--trials", str(found["search"]["trials"])]
+    if found.get("baseline", command[4]) != command[4]:
+        command += ["--baseline", found["baseline"]]
+    if found.get("metric"):
+        command += ["--metric", found["metric"]]
+    margin = [] if found["margin"] == 0.2 else ["--margin", f"{found['margin']:g}"]
+    return [
+        *command,
+        *margin,
+        "--seeds",
+        str(found["seeds"]),
+        "--output",
+        "DIR",
+        *(["--", *found["arguments"]] if found["arguments"] else []),
+    ]
 
 
 def html_report(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -182,6 +197,8 @@ def html_report(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _part(found: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**found, "runs": {label(cell): found["runs"][cell["folder"]] for cell in found["cells"]}}
+    found["runs"] = {name: runs for name, runs in found["runs"].items() if runs}
     curves = _curves(found)
     layers_of, layers = _layers(found)
     target, costs = _costs(found)
@@ -237,10 +254,10 @@ def _intervals(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _curves(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Training and test curves: a chart for each number that every epoch of every run has."""
-    runs = {name: [run["epochs"] for run in of if run.get("epochs")] for name, of in found["runs"].items()}
+    runs = {name: [run["epochs"] for run in of if run["epochs"]] for name, of in found["runs"].items()}
     runs = {name: of for name, of in runs.items() if of}
     keys = (
-        [k for k, v in next(iter(runs.values()))[0][0].items() if k not in ("epoch", "step") and _number(v)]
+        [k for k, v in next(iter(runs.values()))[0][0].items() if k not in ("epoch", "step") and is_number(v)]
         if runs
         else []
     )
@@ -251,7 +268,7 @@ def _curves(found: Mapping[str, Any]) -> list[dict[str, str]]:
             columns = zip(*[[(e["epoch"], e.get(key)) for e in epochs] for epochs in of], strict=False)
             points = []
             for column in columns:
-                values = [value for _, value in column if _number(value)]
+                values = [value for _, value in column if is_number(value)]
                 if values:
                     middle, wide = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
                     points.append((float(column[0][0]), middle, middle - wide, middle + wide))
@@ -270,18 +287,18 @@ def _costs(found: Mapping[str, Any]) -> tuple[str, list[dict[str, str]]]:
     scale, lower = (100.0 if is_percent(key) else 1.0), lower_is_better(key)
     rows = []
     for name, runs in found["runs"].items():
-        if not any(_number(run.get("seconds")) for run in runs):
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+        if not seconds:
             continue
-        seconds = [run["seconds"] for run in runs if _number(run.get("seconds"))]
         steps = [
-            run["epochs"][-1]["step"] for run in runs if run.get("epochs") and _number(run["epochs"][-1].get("step"))
+            run["epochs"][-1]["step"] for run in runs if run["epochs"] and is_number(run["epochs"][-1].get("step"))
         ]
-        memory = [run["peak_memory_bytes"] for run in runs if _number(run.get("peak_memory_bytes"))]
+        memory = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"] is not None]
         reached = []
         for run in runs:
-            for epoch in run.get("epochs") or []:
+            for epoch in run["epochs"] if run["seconds"] is not None else []:
                 value = epoch.get(key)
-                if _number(value) and (scale * value <= target if lower else scale * value >= target):
+                if is_number(value) and (scale * value <= target if lower else scale * value >= target):
                     reached.append(run["seconds"] * epoch["epoch"] / run["epochs"][-1]["epoch"])
                     break
         rows.append({
@@ -300,14 +317,9 @@ def _layers(found: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
     for name, runs in found["runs"].items():
         effects: dict[str, list[float]] = {}
         for run in runs:
-            for layer, of in ((run.get("gradients") or {}).get("layers") or {}).items():
-                if _number(of.get("effect")):
-                    effects.setdefault(layer, []).append(of["effect"])
+            for layer, effect in run["effects"].items():
+                effects.setdefault(layer, []).append(effect)
         if effects:
             means = sorted(((statistics.fmean(values), layer) for layer, values in effects.items()), reverse=True)
             return name, [(layer, f"{mean:.1e}") for mean, layer in means[:LAYERS]]
     return "", []
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

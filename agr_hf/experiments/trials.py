@@ -188,6 +188,10 @@ class Trials:
             direction="maximize" if maximize else "minimize",
         )  # fmt: skip
 
+    @property
+    def is_search(self) -> bool:
+        return bool(self._ranges)
+
     def add(self, runs: Mapping[str, Mapping[str, Any]]) -> None:
         """Queue runs by name, with what a worker must know of them; those that failed before are queued again."""
         there = {trial.user_attrs.get("run") for trial in self._trials() if trial.state != TrialState.FAIL}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib.resources
 import json
 import re
@@ -14,7 +13,7 @@ from typing import Any
 from agr_hf.errors import UserError
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.tasks.record import RunRecord
-from agr_hf.texts import one_line
+from agr_hf.texts import code_span, markdown, one_line
 
 CITATION = """@misc{agr2024,
   title = {Adaptive Gradient Regularization: A Faster and Generalizable Optimization Technique for Deep Neural
@@ -140,7 +139,7 @@ def model_card(
 
     task = find_task(run)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # text is escaped by the filters
-    environment.filters.update(md=_markdown, code=_code, number=_number)
+    environment.filters.update(md=markdown, code=code_span, number=_number)
     template = importlib.resources.files("agr_hf.model_cards").joinpath("card.md.jinja").read_text(encoding="utf-8")
     optimizer = run.optimizer
     info = OPTIMIZERS.get(optimizer)
@@ -395,19 +394,7 @@ def _conditions(run: RunRecord) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in rows.items() if value is not None]
 
 
-def _markdown(value: Any) -> str:
-    """Text that stays text in Markdown: no markup, no HTML, no new cell of a table."""
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(one_line(value), quote=False))
-
-
-def _code(value: Any) -> str:
-    """A code span of any text."""
-    text = one_line(value).replace("|", "\\|")
-    fence = "`" * (max((len(run) for run in re.findall(r"`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "–" if value is None else _markdown(value)
+        return "–" if value is None else markdown(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Data sets that come with packages.
 EMBEDDED = ("digits", "pydoc-topics")
+# Words in the name of a metric of which less is better, beside those that end with "loss" or "error".
+SMALLER = frozenset("perplexity ppl distance fid kid mse rmse mae mape nll wer cer ter bpb bpc brier ece eer".split())
 
 
 def run_main(main: Callable[[], Any]) -> None:
@@ -167,8 +169,8 @@ def count_elements(param: torch.Tensor) -> int:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Of a metric by its name: losses, perplexities, distances and errors."""
-    return not {"loss", "perplexity", "distance", "fid", "error"}.isdisjoint(metric.split("_"))
+    """Of a metric by the words of its name: losses, perplexities, distances and errors."""
+    return any(word in SMALLER or word.endswith(("loss", "error")) for word in re.split(r"[\W_]+", metric.lower()))
 
 
 def summarize_gradients(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

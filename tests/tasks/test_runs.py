@@ -13,7 +13,7 @@ from agr_hf import AGRAdamW
 from agr_hf.errors import UserError
 from agr_hf.optim.statistics import agr_gradients
 from agr_hf.tasks.images import hub_source
-from agr_hf.tasks.runs import describe_dataset, optimizer_groups, refuse_used, run_main
+from agr_hf.tasks.runs import describe_dataset, lower_is_better, optimizer_groups, refuse_used, run_main
 
 
 def test_own_files_are_not_called_as_the_default_set():
@@ -76,6 +76,18 @@ def test_an_error_for_the_user_is_a_sentence_and_any_other_keeps_its_traceback()
         run_main(refuse)
     with pytest.raises(ValueError, match="base"):
         run_main(lambda: int("x", base=1))
+
+
+@pytest.mark.parametrize(
+    "metric", ["loss", "eval/loss", "mlm_loss", "MSE", "val-rmse", "wer", "fid", "mean_error", "nll"]
+)
+def test_of_these_metrics_less_is_better(metric):
+    assert lower_is_better(metric)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "lossless_ratio", "inception_score", "bleu", "merit"])
+def test_of_these_metrics_more_is_better(metric):
+    assert not lower_is_better(metric)
 
 
 def test_a_process_of_gloo_leaves_its_group_and_ends_where_its_work_ends(tmp_path):

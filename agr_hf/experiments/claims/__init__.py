@@ -98,8 +98,18 @@ def run_claim(
 
 def read_claims(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Measurements in a folder by claim."""
-    paths = {name: Path(folder) / f"{name}.json" for name in CLAIMS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    found = {}
+    for name in CLAIMS:
+        path = Path(folder) / f"{name}.json"
+        if path.exists():
+            try:
+                found[name] = json.loads(path.read_text(encoding="utf-8"))
+                found[name]["measured"], found[name]["size"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path} is no measurement of a claim ({error!r}); measure it again: agr-hf claim run {name}"
+                ) from None
+    return found
 
 
 def claims_table(found: Mapping[str, Mapping[str, Any]], links: str | None = None) -> str:
