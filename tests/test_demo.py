@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,11 @@ def test_splits_are_disjoint_stratified_and_always_the_same():
     assert splits["test"].labels.bincount().min() >= 34
 
 
-def test_its_runs_are_rows_of_the_leaderboard(output, capsys):
-    assert main(["leaderboard", str(output)]) == 0
+@pytest.mark.parametrize("below", [False, True])
+def test_its_runs_are_rows_of_the_leaderboard(below, output, tmp_path, capsys):
+    (tmp_path / "demo").mkdir()
+    shutil.copy(output / "results.json", tmp_path / "demo")
+    assert main(["leaderboard", str(tmp_path if below else output)]) == 0
     _, _, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 3
     assert all("| Test accuracy |" in row and "| demo | digits |" in row for row in rows)

@@ -17,7 +17,7 @@ from agr_hf.experiments.report import sentences
 from agr_hf.hub.cards import find_task, shown_metrics
 from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
-from agr_hf.tasks.record import RunRecord, read_record, read_records
+from agr_hf.tasks.record import RunRecord, read_records
 from agr_hf.tasks.runs import lower_is_better
 from agr_hf.texts import markdown
 
@@ -69,7 +69,7 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunReco
             runs = sorted(path.rglob("results.json"))
             if not runs:
                 raise UserError(f"there is no results.json in {source} or below it")
-            found += [record for run in runs if (record := _read_record(run))]
+            found += [record for run in runs for record in _read_known(run.parent)]
         elif path.is_dir():
             found += read_records(path)
         else:
@@ -77,15 +77,16 @@ def collect(sources: Iterable[str], *, api: HfApi | None = None) -> list[RunReco
     return found
 
 
-def _read_record(path: Path) -> RunRecord | None:
-    """Of a `results.json` among others; None, and a warning, where it is of something else."""
+def _read_known(folder: Path) -> list[RunRecord]:
+    """The records of a folder among others; none, and a warning, where its `results.json` is of something else."""
     try:
-        record = read_record(path)
-        find_task(record)
+        records = read_records(folder)
+        for record in records:
+            find_task(record)
     except ValueError as error:
         logger.warning("left out: %s", error)
-        return None
-    return record
+        return []
+    return records
 
 
 def leaderboard(runs: Iterable[RunRecord]) -> str:

@@ -174,6 +174,13 @@ def test_a_bad_run_among_good_ones_is_left_out_of_the_table(tmp_path, caplog):
     assert "Field 'learning_rate' with value [1] doesn't match any type in (" in caplog.text
 
 
+def test_texts_of_others_are_no_markup_in_the_leaderboard(tmp_path):
+    made_up(tmp_path / "a", config={"model_name": "<b>|[x](javascript:y)", "learning_rate": 1.0})
+    table = leaderboard(collect([str(tmp_path / "a")]))
+    assert len(table.splitlines()) == 3
+    assert "&lt;b&gt;\\|\\[x\\](javascript:y)" in table
+
+
 def test_a_failed_seed_is_counted_and_does_not_change_what_is_compared(tmp_path):
     for seed, metrics in enumerate(({"accuracy": None, "loss": 500.0}, {"accuracy": 0.9, "loss": 0.4})):
         made_up(tmp_path / f"a{seed}", seed=seed, metrics=metrics, config={"model_name": "mlp", "learning_rate": 1.0})
