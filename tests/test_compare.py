@@ -8,9 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from filelock import FileLock
 
 from agr_hf.cli import main
 from agr_hf.experiments.compare import compare, plan_comparison
@@ -94,6 +96,19 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(script, tmp_path):
     assert len(trace(script)) == len(set(trace(script))) == 8
     whole = compare(plan(script, "adamw", "helps"), tmp_path / "other")
     assert continued["comparisons"] == whole["comparisons"]
+
+
+def test_who_waits_for_the_run_of_a_stopped_command_says_so(script, tmp_path):
+    folder, said = tmp_path / "out" / "runs" / "adamw", []
+    folder.mkdir(parents=True)
+    lock = FileLock(folder / "seed-0.lock", thread_local=False)
+    lock.acquire()
+    release = threading.Timer(2, lock.release)
+    release.start()
+    compare(plan(script, "adamw", "helps", seeds=1), tmp_path / "out", say=said.append)
+    release.join()
+    assert said[0] == "adamw, seed-0: a command that was stopped has it in hand; waiting for it"
+    assert len(said) == 3
 
 
 @pytest.mark.kills

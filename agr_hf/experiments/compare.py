@@ -310,6 +310,11 @@ class _Pool:
         if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
             threads = min(threads, max(1, int(os.environ["OMP_NUM_THREADS"])))
         run = ScriptRun(self._comparison.script, tuple(words), optim, folder / taken.run, threads)
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        if run.is_going:
+            self._progress.say(
+                f"{run.folder.parent.name}, {run.folder.name}: a command that was stopped has it in hand; waiting for it"
+            )
         return run.start(), run
 
     def work(self, trials: Trials, folder: Path, cell: Cell | None = None) -> None:

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from agr_hf.experiments.results import read_metrics
 from agr_hf.files import write_text
@@ -49,13 +49,25 @@ class ScriptRun:
         """There once the script has ended well, with a result: a Trainer script has a record before its last evaluation."""
         return self.folder.with_name(f"{self.folder.name}.done")
 
+    @property
+    def is_going(self) -> bool:
+        """Whether a process has it in hand: that of a command that was killed goes on to its end."""
+        try:
+            with FileLock(self._lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
     def start(self) -> BaseProcess:
         """Start it in a process of its own; it returns at once where the run is done already."""
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             multiprocessing.set_forkserver_preload(PRELOADED)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         process: BaseProcess = context.Process(target=_execute, args=(self,), name=self.folder.name)
         process.start()
         return process
@@ -71,7 +83,7 @@ class ScriptRun:
 
 def _execute(run: ScriptRun) -> None:
     # The process holds the lock itself: whoever started it may be killed, and the run is still in hand until it ends.
-    with FileLock(run.folder.with_name(f"{run.folder.name}.lock")):
+    with FileLock(run._lock):
         if run.mark.exists() and read_metrics(run.folder) is not None:
             return
         for left in (run.mark, run.folder / "results.json"):  # of a go that failed
