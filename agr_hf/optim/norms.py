@@ -69,7 +69,7 @@ def sums_of_pieces(pieces: Sequence[Tensor], power: int) -> list[Tensor]:
     """sum|x| (power 1) or sum x^2 (power 2) of each local tensor, in at least float32; one device and dtype."""
     device, dtype = pieces[0].device, torch.promote_types(pieces[0].dtype, torch.float32)
     if device.type == "cpu":
-        return [torch.tensor(sum_on_cpu(piece, power), dtype=dtype, device="cpu") for piece in pieces]
+        return [sum_on_cpu(piece, power).to(dtype) for piece in pieces]
     if device.type == "cuda":
         filled = [piece for piece in pieces if piece.numel()]
         if not filled:
@@ -83,16 +83,16 @@ def sums_of_pieces(pieces: Sequence[Tensor], power: int) -> list[Tensor]:
     return [(piece.abs() if power == 1 else piece.to(dtype).square()).sum(dtype=dtype) for piece in pieces]
 
 
-def sum_on_cpu(x: Tensor, power: int) -> float:
-    """sum|x| or sum x^2 in float64, block by block: no full-size temporary.
+def sum_on_cpu(x: Tensor, power: int) -> Tensor:
+    """sum|x| or sum x^2 as a 0-dim float64 tensor, block by block: no full-size temporary.
 
     `vector_norm(1)` runs one float32 accumulator down the whole tensor and is off by 1% at 23M elements.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for block in Layout(x).flat(x).split(BLOCK):
         if power == 1:
-            total += block.abs().sum(dtype=torch.float64).item()
+            total += block.abs().sum(dtype=torch.float64)
         else:
             block = block.double()
-            total += torch.dot(block, block).item()
+            total += torch.dot(block, block)
     return total

@@ -467,6 +467,21 @@ ON_A_GPU = [
 
 
 @every_optimizer
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "weight_decay": 0.1}, {"foreach": False}], ids=str)
+def test_memory_can_be_estimated_on_fake_tensors(name, options):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = torch.nn.Linear(4, 3)
+        optimizer = make(name, model.parameters(), capturable=True, **options)
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        state = optimizer.state[model.weight]
+    assert state[optimizer.state_keys[0]].shape == (3, 4)
+
+
+@every_optimizer
 @pytest.mark.parametrize("options", ON_A_GPU, ids=str)
 def test_a_capturable_step_reads_nothing_of_a_gpu_and_mixes_no_devices(name, options):
     """Fake tensors stand for a GPU's: `.item()` of one raises, and so does an operation on two devices."""

@@ -282,7 +282,7 @@ def _sums(tensors: Sequence[Tensor], items: Sequence[Item], power: int) -> list[
     for indices in by_device_and_dtype(tensors):
         alike = [tensors[i] for i in indices]
         if items[indices[0]].row.on_host:
-            totals: Sequence[Scalar] = [sum_on_cpu(tensor, power) for tensor in alike]
+            totals: Sequence[Scalar] = [sum_on_cpu(tensor, power).item() for tensor in alike]
         else:
             totals = sums_of_pieces(alike, power)
         for i, total in zip(indices, totals, strict=True):
