@@ -193,6 +193,8 @@ def test_trainer_trains_with_it(tmp_path):
         Trainer(model, args, train_dataset=load_digits()["train"], optimizers=(optimizer, None)).train()
         return model
 
-    assert_same(train(True, max_grad_norm=0), train(False, max_grad_norm=0))
+    # Not to the bit: the products of matrices at other addresses may differ in the last one. A step moves by 1e-3.
+    inside, outside = (list(train(inside, max_grad_norm=0).parameters()) for inside in (True, False))
+    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-6)
     with pytest.raises(RuntimeError, match="gradients cannot be accumulated so"):
         train(True, max_grad_norm=0, gradient_accumulation_steps=2)
