@@ -46,7 +46,7 @@ class ScriptRun:
 
     @property
     def mark(self) -> Path:
-        """There once the script has ended well, with a result: a Trainer script has a record before its last evaluation."""
+        """There once the script has ended well: a Trainer script has a record before its last evaluation."""
         return self.folder.with_name(f"{self.folder.name}.done")
 
     @property
@@ -106,5 +106,4 @@ def _execute(run: ScriptRun) -> None:
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise
-        if read_metrics(run.folder) is not None:
-            write_text(run.mark, "")
+        write_text(run.mark, "")

@@ -79,8 +79,8 @@ class InBackwardHandle:
 
     def _after_step(self, optimizer: StepOptimizer, args: Any, kwargs: Any) -> None:
         for group, count in zip(optimizer.param_groups, self._counts, strict=True):
-            # The step itself has counted where it found a gradient, of a layer that was unfrozen since the last one.
-            if count == group.get("agr_step") and count is not None and not self._stepped.isdisjoint(group["params"]):
+            # Once, though the step itself counts too where it finds the gradient of a layer that was just unfrozen.
+            if count is not None and not self._stepped.isdisjoint(group["params"]):
                 group["agr_step"] = count + 1
         self._stepped.clear()
         self._take_params()

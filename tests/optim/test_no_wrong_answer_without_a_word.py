@@ -601,6 +601,7 @@ WRONG = {
     "None for the step": ("step", None),
     "a list for the step": ("step", [1.0]),
     "two steps": ("step", torch.ones(2)),
+    "a step without memory": ("step", torch.ones((), device="meta")),
     "a step that is NaN": ("step", math.nan),
     "a step below zero": ("step", -1.0),
     "a list for an entry": ("entry", [1]),
