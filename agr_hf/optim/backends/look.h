@@ -22,11 +22,13 @@ typedef struct {
 static const dl_api_t *dlpack;
 static PyObject *grad_name, *is_neg;
 static PyObject *tensor_types[2]; /* Tensor and Parameter: a subclass may have no memory of its own */
+static int tensor_word;           /* of an object of these types, where it points to its tensor; 0 where that is not known */
 
 static PyObject *use_dlpack(PyObject *module, PyObject *args) {
     (void)module;
-    PyObject *capsule, *types[2];
-    if (!PyArg_ParseTuple(args, "OOO", &capsule, &types[0], &types[1])) return NULL;
+    PyObject *capsule, *types[2], *object;
+    unsigned long long tensor;
+    if (!PyArg_ParseTuple(args, "OOOOK", &capsule, &types[0], &types[1], &object, &tensor)) return NULL;
     const dl_api_t *found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     if (!found) return NULL;
     if (found->version.major != 1 || !found->view) Py_RETURN_FALSE;
@@ -34,6 +36,8 @@ static PyObject *use_dlpack(PyObject *module, PyObject *args) {
     is_neg = PyObject_GetAttrString(types[0], "is_neg");
     if (!grad_name || !is_neg) return NULL;
     for (int i = 0; i < 2; i++) tensor_types[i] = Py_NewRef(types[i]);
+    for (int word = 2; word < 4; word++)
+        if (((const uintptr_t *)object)[word] == tensor) tensor_word = word;
     dlpack = found;
     Py_RETURN_TRUE;
 }
@@ -120,18 +124,18 @@ static int64_t match(kept_t *kept, PyObject *tensor, int64_t before) {
 
 enum { AHEAD = 32 }; /* objects */
 
-/* Ask for memory that is read soon: of an object, then of the tensor that it points to, then of what the tensor points to
- * (its storage, and what autograd knows of it). */
+/* Ask for memory that is read soon: of an object, then of the tensor that it points to, then of its storage. */
 static void fetch_ahead(PyObject *const *at) {
-    PyObject *far = at[AHEAD], *near = at[AHEAD / 2];
+    KEPT;
+    PyObject *far = at[AHEAD], *near = at[AHEAD / 2], *next = at[AHEAD / 4];
     if (far) __builtin_prefetch(far);
-    if (!near || !is_tensor(near)) return;
-    const char *tensor = ((const char **)near)[2]; /* after the head of the object; any other word does no harm */
-    for (int line = 0; line < 3; line++) __builtin_prefetch(tensor + 64 * line);
-    PyObject *next = at[AHEAD / 4];
+    if (!tensor_word) return;
+    if (near && is_tensor(near))
+        for (int line = 0; line < 3; line++) __builtin_prefetch(((const char **)near)[tensor_word] + 64 * line);
     if (!next || !is_tensor(next)) return;
-    const char *const *words = ((const char *const **)next)[2];
-    for (int word = 2; word < 6; word++) __builtin_prefetch(words[word]);
+    const char *storage = ((const char ***)next)[tensor_word][2]; /* an address of anything else does no harm */
+    __builtin_prefetch(storage);
+    __builtin_prefetch(storage + 64);
 }
 
 /* look(params, grads, states, keys, columns, kept, addresses): see native.py. */

@@ -76,11 +76,17 @@ def look_in_python(
     return sum(grad is not None for grad in grads)
 
 
-if (
-    _native is not None
-    and hasattr(Tensor, "__dlpack_c_exchange_api__")
-    and _native.use_dlpack(Tensor.__dlpack_c_exchange_api__, *TYPES)
-):
+
+
+def use_dlpack() -> bool:
+    """Whether the extension can look at tensors; it learns from one of them how an object points to its tensor."""
+    if _native is None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return False
+    tensor = torch.empty(0, device="cpu")
+    return _native.use_dlpack(Tensor.__dlpack_c_exchange_api__, *TYPES, tensor, tensor._cdata)
+
+
+if use_dlpack():
     read_grads, describe, look = _native.read_grads, _native.describe, _native.look
 else:
     read_grads, describe, look = read_grads_in_python, describe_in_python, look_in_python

@@ -187,8 +187,12 @@ static chunk_t make_chunk(const job_t *j, int64_t index) {
     return c;
 }
 
+/* GCC takes a function that only asks for memory for one without effect, and leaves out its calls. */
+#define KEPT __asm__ volatile("")
+
 /* Ask for the start of a chunk's memory; the rest the processor finds by itself. */
 static void fetch_chunk(const job_t *j, int64_t index) {
+    KEPT;
     chunk_t c = make_chunk(j, index);
     int64_t bytes = c.n * (int64_t)sizeof(float);
     for (int64_t at = 0; at < bytes && at < AHEAD_BYTES; at += 64) {
@@ -473,7 +477,8 @@ static PyMethodDef methods[] = {
     {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients, and whether all have memory of their own"},
     {"describe", describe, METH_O, "describe(tensors): what `look` compares tensors with"},
     {"use_dlpack", use_dlpack, METH_VARARGS,
-     "use_dlpack(capsule, Tensor, Parameter): look at tensors through these functions, if they are of version 1"},
+     "use_dlpack(capsule, Tensor, Parameter, object, tensor): look at tensors through these functions, if they are of version "
+     "1; `tensor` is the address of the tensor of an object"},
     {"select_isa", select_isa, METH_VARARGS,
      "select_isa(name=None): compute with these instructions, by default the widest that the processor has; their name"},
     {"use_openmp", use_openmp, METH_VARARGS,

@@ -109,6 +109,7 @@ class NativePart(TablePart):
         if sums is not None:
             norms: list[Any] = sums.norms if self.is_whole else [sums.norms[i] for i in self.indices]
             self.norms = array("d", norms)
+        self.count_change()  # now, while what torch knows of the tensors is in the cache
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
         self.let_go()
 

@@ -132,9 +132,12 @@ class TablePart(Part):
                 self.addresses[len(grads) + k] = 0 if grads[k] is None else self.held[k].data_ptr() or 1
         return True
 
-    def let_go(self) -> None:
-        """End the step: as after every operation in place, a backward through a graph that holds the old weights raises."""
+    def count_change(self) -> None:
+        """As after every operation in place, a backward through a graph that holds the old weights raises."""
         torch.autograd.graph.increment_version(
             self.params if all(self.live) else list(compress(self.params, self.live))
         )
+
+    def let_go(self) -> None:
+        """End the step."""
         self.params, self.held = [], []
