@@ -437,7 +437,8 @@ def test_a_gradient_of_another_shape_is_refused(name):
 
 
 @every_optimizer
-def test_a_step_asks_torch_whether_it_may_be_recorded(name, monkeypatch):
+@pytest.mark.parametrize("device", [torch.cuda, torch.xpu], ids=["cuda", "xpu"])
+def test_a_step_asks_torch_whether_it_may_be_recorded(device, name, monkeypatch):
     """Recorded into a CUDA graph without capturable, a step would repeat one step count for ever."""
     method = next(m for m in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
                   if hasattr(torch.optim.Optimizer, m))  # fmt: skip
@@ -449,6 +450,7 @@ def test_a_step_asks_torch_whether_it_may_be_recorded(name, monkeypatch):
     param.grad = torch.ones(2, 2)
     optimizer = make(name, [param])
     monkeypatch.setattr(torch.optim.Optimizer, method, refuse)
+    monkeypatch.setattr(device, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="recording"):
         optimizer.step()
     assert not optimizer.state

@@ -76,8 +76,6 @@ def look_in_python(
     return sum(grad is not None for grad in grads)
 
 
-
-
 def use_dlpack() -> bool:
     """Whether the extension can look at tensors; it learns from one of them how an object points to its tensor."""
     if _native is None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):

@@ -443,6 +443,25 @@ static PyObject *run(PyObject *module, PyObject *args) {
     return result;
 }
 
+/* count(steps, live): see native.py. */
+static PyObject *count(PyObject *module, PyObject *args) {
+    (void)module;
+    unsigned long long address;
+    Py_buffer live;
+    if (!PyArg_ParseTuple(args, "Ky*", &address, &live)) return NULL;
+    float *steps = (float *)(intptr_t)address;
+    int equal = 1;
+    for (Py_ssize_t row = 0; row < live.len; row++) {
+        steps[row] += ((const char *)live.buf)[row];
+        equal = equal && steps[row] == steps[0];
+    }
+    PyObject *result = equal && live.len ? PyFloat_FromDouble(steps[0]) : PyList_New(live.len);
+    for (Py_ssize_t row = 0; result && PyList_Check(result) && row < live.len; row++)
+        if (PyList_SetItem(result, row, PyFloat_FromDouble(steps[row]))) Py_CLEAR(result);
+    PyBuffer_Release(&live);
+    return result;
+}
+
 static PyObject *select_isa(PyObject *module, PyObject *args) {
     (void)module;
     const char *name = NULL;
@@ -472,6 +491,7 @@ static PyObject *use_openmp(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"run", run, METH_VARARGS,
      "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before, first): see native.py"},
+    {"count", count, METH_VARARGS, "count(steps, live): add a step to those that live; see native.py"},
     {"look", look, METH_VARARGS,
      "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see native.py"},
     {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients, and whether all have memory of their own"},

@@ -89,6 +89,11 @@ class NativePart(TablePart):
         self.group_slots = array("q", self.slots)
         self.norms = array("d", bytes(8 * len(rows)))
         self.squares = array("d", bytes(8 * len(rows)))
+        self.counted: float | list[float]  # steps made, this one included: of all rows, or of each
+
+    def count(self, skipped: bool | Tensor) -> None:
+        # In C: an operation of torch takes as long as fifty small tensors here, for its code is cold by the time of a step.
+        self.counted = _native.count(self.steps.vector.data_ptr(), bytes(self.live))
 
     def number_dtype(self, device: torch.device) -> torch.dtype:
         return torch.float64  # native.c reads and writes doubles
@@ -124,15 +129,14 @@ class NativePart(TablePart):
 
     def _classes(self, scales: Sequence[Scalar]) -> tuple[array[int], array[float]]:
         """A class of each row and the numbers of each class: rows of one group and step count share them."""
-        steps = self.steps.vector.tolist()
         numbers = array("d")
-        if steps.count(steps[0]) == len(steps):
+        if isinstance(self.counted, float):  # of all rows
             for index, group in self.groups.items():
-                numbers.extend(self._numbers(index, group, steps[0], scales))
+                numbers.extend(self._numbers(index, group, self.counted, scales))
             return self.group_slots, numbers
         found: dict[tuple[int, float], int] = {}
         classes = array("q")
-        for row, step in zip(self.rows, steps, strict=True):
+        for row, step in zip(self.rows, self.counted, strict=True):
             key = (row.group_index, step)
             if key not in found:
                 found[key] = len(found)
