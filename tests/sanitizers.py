@@ -28,9 +28,23 @@ FLAGS = {
 def build(kind, folder):
     library = folder / "_native.abi3.so"
     include = sysconfig.get_paths()["include"]
-    command = ["cc", "-std=c11", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC", "-shared"]
+    command = ["cc", "-std=c11", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     subprocess.run(
-        [*command, "-pthread", *FLAGS[kind], f"-I{include}", str(SOURCE), "-o", str(library), "-lm", "-ldl"], check=True
+        [
+            *command,
+            "-Wno-psabi",
+            "-fPIC",
+            "-shared",
+            "-pthread",
+            *FLAGS[kind],
+            f"-I{include}",
+            str(SOURCE),
+            "-o",
+            str(library),
+            "-lm",
+            "-ldl",
+        ],
+        check=True,
     )
     return library
 
