@@ -5,7 +5,7 @@
  *
  * The tensors are cut into chunks. A chunk's sums are accumulated in float64 and added in the order of the chunks, so the
  * result has the same bits at every repetition and at every number of threads. Tensors are walked in runs that fit the
- * cache: the sums of a run, a barrier, its updates, so that the update finds the gradients in the cache.
+ * cache: the sums of a run, then its updates, so that the update finds the gradients in the cache.
  *
  * Threads are those of torch's OpenMP, where it is found: they spin for some milliseconds after the backward pass, and
  * threads of our own would have to share the cores with them. In a process that was forked OpenMP's threads are gone, and
@@ -36,7 +36,7 @@ enum { PSI = 1, SECOND_REGULARIZED = 2, COUPLED = 4, SCALED_BY_NORM = 8, PARAM_B
 #define NUMBERS 16     /* numbers of a class: a group and step count */
 #define CHUNK 65536    /* elements summed or updated at a time: 256 KiB of float32 */
 #define UNIT 16384     /* elements of small tensors that a thread takes at a time: with larger ones, threads wait for the last */
-#define RUN 524288     /* elements of a run for one or two threads: 2 MiB of float32 gradients; more threads, longer runs */
+#define RUN 131072     /* elements of a run for one or two threads: 512 KiB of float32 gradients; more threads, longer runs */
 #define AHEAD_CHUNKS 3 /* where many small tensors are updated, their memory is asked for so many tensors ahead */
 #define AHEAD_BYTES 512
 #define SMALL 65536    /* elements a thread is worth starting for */
@@ -139,15 +139,15 @@ typedef struct {
     int64_t *chunk_row, *chunk_at, *first_chunk, *unit_chunk, *run_unit;
     double *chunk_norm, *chunk_square;
     int64_t *summed_by;          /* of each unit: the thread */
-    atomic_llong *next_sum;      /* a counter for each run: units are taken by whoever is free */
+    /* Counters for each run: its sums are taken unit by unit by whoever is free, and finished. */
+    atomic_llong *next_sum, *summed;
     atomic_flag *is_taken;       /* of each unit: its update */
-    atomic_int threads, arrived, waiting, generation; /* threads: 0 until all are started */
+    atomic_int arrived;
     fenv_t mode_of_caller;
 } job_t;
 
 /* torch's OpenMP, through the interface that the compilers of GNU call, and LLVM's runtime has too. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*count_threads)(void);
 
 static void forget_openmp(void) { parallel = NULL; }
 
@@ -233,18 +233,6 @@ static update_t make_update(const job_t *j, int64_t row, double norm) {
     return u;
 }
 
-/* Wait until every thread of the job is here. It spins, for the wait is short, and yields where cores are fewer. */
-static void wait_for_all(job_t *j) {
-    int generation = atomic_load_explicit(&j->generation, memory_order_acquire);
-    if (atomic_fetch_add_explicit(&j->waiting, 1, memory_order_acq_rel) + 1 == j->threads) {
-        atomic_store_explicit(&j->waiting, 0, memory_order_relaxed);
-        atomic_store_explicit(&j->generation, generation + 1, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&j->generation, memory_order_acquire) == generation; spins++)
-        if (spins > 2000) sched_yield();
-}
-
 static double norm_of_row(const job_t *j, int64_t row) {
     if (!wants_norm(j, row)) return 0;
     /* Given norms are of raw gradients where nothing is added to them. */
@@ -267,38 +255,48 @@ static void update_unit(job_t *j, int64_t unit, int64_t *row, update_t *u) {
     }
 }
 
+/* Take sums of a run's tensors, as many as the other threads leave. */
+static void sum_run(job_t *j, int64_t run, int64_t me) {
+    int64_t first = j->run_unit[run], end = j->run_unit[run + 1], unit;
+    while ((unit = first + atomic_fetch_add_explicit(&j->next_sum[run], 1, memory_order_relaxed)) < end) {
+        j->summed_by[unit] = me;
+        for (int64_t c = j->unit_chunk[unit]; c < j->unit_chunk[unit + 1]; c++)
+            if (is_summed(j, j->chunk_row[c])) {
+                chunk_t chunk = make_chunk(j, c);
+                isa->sum(&chunk, j->mode & SQUARES, &j->chunk_norm[c], &j->chunk_square[c]);
+            }
+        atomic_fetch_add_explicit(&j->summed[run], 1, memory_order_release);
+    }
+}
+
+/* Wait for the sums of a run. It spins, for the wait is short, and yields where cores are fewer. */
+static void wait_for_sums(job_t *j, int64_t run) {
+    int64_t units = j->run_unit[run + 1] - j->run_unit[run];
+    for (int spins = 0; atomic_load_explicit(&j->summed[run], memory_order_acquire) < units; spins++)
+        if (spins > 2000) sched_yield();
+}
+
 static void work(job_t *j) {
-    int sums_only = j->mode & SUMS_ONLY;
     int64_t me = atomic_fetch_add_explicit(&j->arrived, 1, memory_order_relaxed);
     update_t u = {0};
     int64_t row = -1;
     for (int64_t run = 0; run < j->runs; run++) {
-        int64_t first = j->run_unit[run], end = j->run_unit[run + 1], unit;
-        int any = 0;
-        for (int64_t c = j->unit_chunk[first]; c < j->unit_chunk[end] && !any; c++) any = is_summed(j, j->chunk_row[c]);
-        if (any) {
-            while ((unit = first + atomic_fetch_add_explicit(&j->next_sum[run], 1, memory_order_relaxed)) < end) {
-                j->summed_by[unit] = me;
-                for (int64_t c = j->unit_chunk[unit]; c < j->unit_chunk[unit + 1]; c++)
-                    if (is_summed(j, j->chunk_row[c])) {
-                        chunk_t chunk = make_chunk(j, c);
-                        isa->sum(&chunk, j->mode & SQUARES, &j->chunk_norm[c], &j->chunk_square[c]);
-                    }
-            }
-            if (!sums_only) wait_for_all(j);
-        }
-        if (sums_only) continue;
+        sum_run(j, run, me);
+        if (j->mode & SUMS_ONLY) continue;
+        wait_for_sums(j, run);
         /* What a thread has summed is in the cache of its core still, and what it summed last surely. It updates that first,
          * then what the others have left: with the units of another core a step takes up to twice as long. */
-        for (int others = !any; others < 2; others++)
-            for (unit = end - 1; unit >= first; unit--)
+        int64_t first = j->run_unit[run], end = j->run_unit[run + 1];
+        for (int others = 0; others < 2; others++)
+            for (int64_t unit = end - 1; unit >= first; unit--)
                 if ((others || j->summed_by[unit] == me) && !atomic_flag_test_and_set_explicit(&j->is_taken[unit],
                                                                                               memory_order_relaxed))
                     update_unit(j, unit, &row, &u);
     }
 }
 
-static void work_in_mode(job_t *j) {
+static void work_in_mode(void *argument) {
+    job_t *j = argument;
     fenv_t own;
     fegetenv(&own);
     fesetenv(&j->mode_of_caller);
@@ -306,16 +304,8 @@ static void work_in_mode(job_t *j) {
     fesetenv(&own);
 }
 
-static void work_in_team(void *argument) {
-    job_t *j = argument;
-    atomic_store_explicit(&j->threads, count_threads(), memory_order_relaxed); /* perhaps fewer than asked for */
-    work_in_mode(j);
-}
-
 static void *work_in_thread(void *argument) {
-    job_t *j = argument;
-    while (!atomic_load_explicit(&j->threads, memory_order_acquire)) sched_yield();
-    work_in_mode(j);
+    work_in_mode(argument);
     return NULL;
 }
 
@@ -350,8 +340,9 @@ static int cut(job_t *j, int64_t total, int threads) {
     j->first_chunk[j->rows] = j->chunks;
     j->unit_chunk[j->units] = j->chunks;
     j->next_sum = calloc(j->runs + 1, sizeof *j->next_sum);
+    j->summed = calloc(j->runs + 1, sizeof *j->summed);
     j->is_taken = calloc(j->units + 1, sizeof *j->is_taken);
-    return j->next_sum && j->is_taken;
+    return j->next_sum && j->summed && j->is_taken;
 }
 
 /* 0 if memory is short; then nothing has been written. */
@@ -366,11 +357,10 @@ static int run_job(job_t *j, int threads) {
     fegetenv(&j->mode_of_caller);
     if (started) {
         if (threads > 1 && parallel) {
-            parallel(work_in_team, j, (unsigned)threads, 0);
+            parallel(work_in_mode, j, (unsigned)threads, 0);
         } else {
             int count = 1;
             while (count < threads && !pthread_create(&started[count], NULL, work_in_thread, j)) count++;
-            atomic_store_explicit(&j->threads, count, memory_order_release);
             work(j);
             for (int i = 1; i < count; i++) pthread_join(started[i], NULL);
         }
@@ -391,6 +381,7 @@ static int run_job(job_t *j, int threads) {
     free(started);
     free(j->chunk_row);
     free(j->next_sum);
+    free(j->summed);
     free(j->is_taken);
     return started != NULL;
 }
@@ -481,10 +472,7 @@ static PyObject *use_openmp(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "z", &path)) return NULL;
     void *library = path ? dlopen(path, RTLD_NOLOAD | RTLD_NOW) : NULL;
     parallel = NULL;
-    if (library) {
-        *(void **)&count_threads = dlsym(library, "omp_get_num_threads");
-        if (count_threads) *(void **)&parallel = dlsym(library, "GOMP_parallel");
-    }
+    if (library) *(void **)&parallel = dlsym(library, "GOMP_parallel");
     return PyBool_FromLong(parallel != NULL);
 }
 
