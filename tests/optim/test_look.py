@@ -97,3 +97,23 @@ def test_a_look_under_a_mode_that_changes_the_state_reads_no_freed_memory():
 
     with Forget():
         assert look(*given, kept, addresses) in (-1, 64)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_look_far_ahead_meets_anything_and_needs_no_knowledge_of_torchs_objects(is_known):
+    """Memory is asked for before its objects are looked at; where torch lays them in another way, that is left out."""
+    given, kinds, addresses = given_rows(64)
+    look, describe = functions_in("C")
+    kept = describe(kinds)
+    given[1][40] = None
+    tensor = torch.empty(0)
+    dlpack = (torch.Tensor.__dlpack_c_exchange_api__, *looks.TYPES, tensor)
+    try:
+        assert looks._native.use_dlpack(*dlpack, tensor._cdata if is_known else 1)
+        assert look(*given, kept, addresses) == 63
+        assert list(addresses[:64]) == [param.data_ptr() for param in given[0]]
+        for stranger in (None, 1.5, "m", torch.ones(2, 3).as_subclass(Other)):
+            given[2][50]["m"] = stranger
+            assert look(*given, kept, addresses) == -1
+    finally:
+        looks._native.use_dlpack(*dlpack, tensor._cdata)

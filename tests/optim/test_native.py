@@ -21,7 +21,7 @@ from agr_hf.optim.registry import OPTIMIZERS
 pytestmark = pytest.mark.skipif(bool(native.WHY_NOT), reason=f"the native step was not built: {native.WHY_NOT}")
 
 NAMES = [name for name, info in OPTIMIZERS.items() if getattr(info.cls, "native_rule", None)]
-CHUNK, RUN = 65_536, 524_288  # of native.c
+CHUNK, RUN = 65_536, 131_072  # of native.c
 SHAPES = [
     (0, 3),
     (1, 1),
@@ -261,6 +261,21 @@ def test_the_plan_is_kept_while_gradients_come_and_go():
     params[0].data = params[0].data.t()
     optimizer.step()
     assert optimizer.plan is not plan
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_parameter_counts_the_steps_in_which_it_has_a_gradient(name):
+    found = []
+    for fused in (None, False):
+        params = parameters([(4, 4), (3,), (2, 2)])
+        optimizer = OPTIMIZERS[name].cls(params, lr=1e-2, fused=fused)
+        for step in range(6):
+            optimizer.zero_grad()
+            give_gradients(params[: 1 + step % 3], step)
+            optimizer.step()
+        assert [float(optimizer.state[param]["step"]) for param in params] == [6, 4, 2]
+        found.append(params)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
 def test_steps_are_the_same_where_torch_offers_no_functions_to_look(monkeypatch):

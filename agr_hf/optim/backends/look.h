@@ -36,6 +36,7 @@ static PyObject *use_dlpack(PyObject *module, PyObject *args) {
     is_neg = PyObject_GetAttrString(types[0], "is_neg");
     if (!grad_name || !is_neg) return NULL;
     for (int i = 0; i < 2; i++) tensor_types[i] = Py_NewRef(types[i]);
+    tensor_word = 0;
     for (int word = 2; word < 4; word++)
         if (((const uintptr_t *)object)[word] == tensor) tensor_word = word;
     dlpack = found;
