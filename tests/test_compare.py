@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from agr_hf.cli import main
 from agr_hf.experiments.compare import compare, plan_comparison
+from agr_hf.experiments.processes import interrupts_wait
 
 SCRIPT = """
 import argparse, json, math, pathlib, random, sys, time
@@ -96,6 +97,16 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(script, tmp_path):
     assert len(trace(script)) == len(set(trace(script))) == 8
     whole = compare(plan(script, "adamw", "helps"), tmp_path / "other")
     assert continued["comparisons"] == whole["comparisons"]
+
+
+def test_what_is_being_started_is_known_before_ctrl_c_ends_it():
+    started = []
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        started.append("run")
+    assert started == ["run"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # as before
 
 
 def test_who_waits_for_the_run_of_a_stopped_command_says_so(script, tmp_path):

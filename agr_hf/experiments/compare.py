@@ -28,7 +28,7 @@ import optuna
 from agr_hf.environment import environment
 from agr_hf.errors import UserError
 from agr_hf.experiments.paired import Paired, bootstrap_interval, give_verdicts, pair_metric
-from agr_hf.experiments.processes import ScriptRun
+from agr_hf.experiments.processes import ScriptRun, interrupts_wait
 from agr_hf.experiments.report import write_reports
 from agr_hf.experiments.rerun import script_path
 from agr_hf.experiments.results import is_number, read_metrics
@@ -335,8 +335,9 @@ class _Pool:
             while True:
                 while len(running) < self._workers and (taken := trials.take()):
                     in_hand.add(taken)
-                    process, run = self._start(taken, folder, cell)
-                    running[process] = (taken, run, time.monotonic())
+                    with interrupts_wait():
+                        process, run = self._start(taken, folder, cell)
+                        running[process] = (taken, run, time.monotonic())
                 if not running and not trials.in_hand():
                     return
                 if not running:

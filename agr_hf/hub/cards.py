@@ -318,10 +318,7 @@ def draw_curves(run: RunRecord, path: Any) -> bool:
     panels += [[(key, label)] for key, label in task.metrics.items() if key not in losses][:MOST_PANELS]
     drawn = []
     for panel in panels:
-        series = [
-            (label, [(e["epoch"], e[key]) for e in epochs if isinstance(e.get(key), (int, float))])
-            for key, label in panel
-        ]
+        series = [(label, [(e["epoch"], e[key]) for e in epochs if _is_drawn(e.get(key))]) for key, label in panel]
         series = [(label, points) for label, points in series if points]
         if series:
             drawn.append(series)
@@ -340,6 +337,11 @@ def draw_curves(run: RunRecord, path: Any) -> bool:
         axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series), frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return True
+
+
+def _is_drawn(value: Any) -> bool:
+    """Whether matplotlib can put a number on an axis: the width of the axis must be a float too."""
+    return isinstance(value, (int, float)) and abs(value) < 1e100
 
 
 def shown_metrics(task: Task, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:

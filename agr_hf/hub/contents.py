@@ -80,6 +80,8 @@ def run_files(run_dir: str | os.PathLike[str], *, needs_model: bool = True) -> d
     }
     files = {name: path for name, path in files.items() if is_published(name) and name not in MADE}
     for name, path in files.items():
+        if not _is_text(name):
+            raise UserError(f"{run_dir}: {name!a} is no name in UTF-8, which the Hub needs; rename the file")
         if path.is_symlink() or any(parent.is_symlink() for parent in list(path.parents)[: name.count("/")]):
             raise UserError(f"{run_dir}: {name} is a link, which is not followed; put the file itself there")
     if "results.json" not in files:
@@ -93,6 +95,14 @@ def run_files(run_dir: str | os.PathLike[str], *, needs_model: bool = True) -> d
     if fault:
         raise UserError(f"{run_dir}: {fault}; nothing was pushed: train it again with --resume_from_checkpoint latest")
     return files
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, as the system gives them
+        return False
+    return True
 
 
 def _find_fault(files: Mapping[str, Path]) -> str | None:

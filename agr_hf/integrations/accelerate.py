@@ -7,8 +7,10 @@ import logging
 import os
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from agr_hf.integrations import private
 from agr_hf.integrations.checkpoints import folder_fault, newest_complete, numbered_checkpoints
 from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.optimizer_states import loads_older_state
+from agr_hf.integrations.random_states import mixed_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,6 +86,11 @@ def batches_of_epoch(accelerator: Accelerator, loader: Any, progress: Progress) 
     rest = accelerator.skip_first_batches(loader, progress.batches)
     # accelerate < 1.15 lets the new loader begin at epoch 0, and so in another order.
     rest.set_epoch(progress.epoch)
+    # A loader draws a seed for its workers as it begins. This one begins once more than that of a run never stopped, whose
+    # next numbers are to be those of the model: of its dropout, say.
+    if rest.base_dataloader.generator is None:
+        seed = mixed_seed(progress.epoch, progress.batches)
+        rest.base_dataloader.generator = torch.Generator().manual_seed(seed)
     return rest
 
 
@@ -124,13 +132,30 @@ def clip_grad_norm_(
     return accelerator.clip_grad_norm_(parameters, max_norm) if norm is None else norm
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str], step: int, keep: int = 2) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: str | os.PathLike[str], step: int, keep: int | None = 2
+) -> None:
     """`accelerator.save_state` into `checkpoint-{step}`, complete or not there at all; older ones than `keep` are removed.
 
     Every process calls it. The folder gets its name when every process has written; one that a kill left unfinished has
     another name, and is removed by the next save. Checkpoints of later steps, of a run that was resumed from before them,
     are renamed to `abandoned-...`, so that "latest" is this run's.
+
+    Args:
+        accelerator: the one that holds model, optimizer, scheduler and registered objects.
+        output_dir: made if it is not there.
+        step: >= 0.
+        keep: how many checkpoints stay, the new one included, >= 1; None for all.
+
+    Raises:
+        ValueError: `step` or `keep` is out of range; nothing is written or removed then.
     """
+    if type(step) is not int or step < 0:
+        raise UserError(f"save_checkpoint: step={step!r} is not allowed; it must be an integer >= 0")
+    if keep is not None and (type(keep) is not int or keep < 1):
+        raise UserError(
+            f"save_checkpoint: keep={keep!r} is not allowed; it must be an integer >= 1, or None to keep all"
+        )
     output_dir = Path(output_dir)
     unfinished, finished = output_dir / f".unfinished-{step}", output_dir / f"checkpoint-{step}"
     if accelerator.is_main_process:
@@ -156,8 +181,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | os.PathLike[str]
                 aside = output_dir / f"abandoned-{later.name}-{time.time_ns()}"
                 os.replace(later, aside)
                 logger.warning("%s is of later steps than this run has made, and is kept as %s", later, aside)
-        for _, old in sorted(numbered_checkpoints(output_dir), reverse=True)[keep:]:
-            _remove(old)
+        if keep is not None:
+            for _, old in sorted(numbered_checkpoints(output_dir), reverse=True)[keep:]:
+                _remove(old)
     accelerator.wait_for_everyone()
 
 
@@ -169,7 +195,9 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(gone)
 
 
-def load_checkpoint(accelerator: Accelerator, resume: str | None, output_dir: str | os.PathLike[str]) -> bool:
+def load_checkpoint(
+    accelerator: Accelerator, resume: str | os.PathLike[str] | None, output_dir: str | os.PathLike[str]
+) -> bool:
     """Load what `save_checkpoint` wrote; call it after everything is prepared and registered.
 
     Args:
@@ -210,7 +238,7 @@ def record_run(
     optimizer: torch.optim.Optimizer,
     metrics: Mapping[str, Any],
     *,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | Namespace | None = None,
     epochs: Sequence[Mapping[str, Any]] = (),
     train_data: Any = None,
     eval_data: Any = None,
@@ -221,14 +249,15 @@ def record_run(
 
     Call it in every process when the model is saved; the main process writes.
 
-        record_run(accelerator, args.output_dir, model, optimizer, {"accuracy": accuracy}, arguments=vars(args))
+        record_run(accelerator, args.output_dir, model, optimizer, {"accuracy": accuracy}, arguments=args)
 
     Args:
         accelerator: of the loop.
         output_dir: where the model is.
         model, optimizer: prepared or not.
         metrics: at the end.
-        arguments: of the script, such as `vars(args)`; those named like a secret are left out. "seed" is the run's.
+        arguments: of the script, such as what `parse_args()` returned; those named like a secret are left out. "seed" is
+            the run's.
         epochs: one mapping for each epoch, with its "epoch" and metrics, for the curves of the card.
         train_data, eval_data: data sets, for their names and sizes.
         dataset: name of the data, which wins.
@@ -238,7 +267,8 @@ def record_run(
         return
     from agr_hf.tasks.own_run import describe_own_dataset, write_own_record
 
-    arguments = dict(arguments or {})
+    given = vars(arguments) if isinstance(arguments, Namespace) else arguments or {}
+    arguments = {str(key): value for key, value in given.items()}
     seed = arguments.get("seed")
     write_own_record(
         output_dir,
@@ -249,7 +279,7 @@ def record_run(
         device=accelerator.device,
         epochs=[dict(epoch) for epoch in epochs],
         dataset=describe_own_dataset(train_data, eval_data, dataset),
-        seed=seed if isinstance(seed, int) else None,
+        seed=int(seed) if isinstance(seed, Integral) else None,
         seconds=seconds,
     )
 

@@ -33,11 +33,14 @@ def _prepare() -> None:
 
     register()
     private.add_default_callback(AutomaticRecord)
-    _resume_completely()
+    _train_resumably()
 
 
-def _resume_completely() -> None:
-    """Have the script's `trainer.train(resume_from_checkpoint=...)` be `agr_hf.integrations.trainer.train`."""
+def _train_resumably() -> None:
+    """Have the script's `trainer.train(...)` be `agr_hf.integrations.trainer.train`.
+
+    The first part of a run too: what evaluations and collators draw is then the same in a run that was resumed.
+    """
     from transformers import Trainer
 
     from agr_hf.integrations.trainer import train
@@ -45,20 +48,20 @@ def _resume_completely() -> None:
     own_train = Trainer.train
     if getattr(own_train, "__module__", None) == __name__:  # ours already
         return
-    resuming: list[Trainer] = []
+    training: list[Trainer] = []
 
     @functools.wraps(own_train, assigned=("__doc__", "__name__"))
-    def train_or_resume(trainer: Trainer, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        if not resume_from_checkpoint or trainer in resuming:
+    def train_resumably(trainer: Trainer, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        if trainer in training:
             return own_train(trainer, resume_from_checkpoint, *args, **options)
-        resuming.append(trainer)
+        training.append(trainer)
         try:
             names = ("trial", "ignore_keys_for_eval")
-            return train(trainer, resume_from_checkpoint, **dict(zip(names, args, strict=False)), **options)
+            return train(trainer, resume_from_checkpoint or None, **dict(zip(names, args, strict=False)), **options)
         finally:
-            resuming.remove(trainer)
+            training.remove(trainer)
 
-    Trainer.train = train_or_resume  # type: ignore[method-assign, assignment]
+    Trainer.train = train_resumably  # type: ignore[method-assign, assignment]
 
 
 def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> None:
@@ -67,8 +70,8 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
     It is `__main__`, with its own arguments and its folder first on `sys.path` (the current one for a module). Exceptions
     and `SystemExit` come out as they are. Processes that it starts by `multiprocessing` know the names too, whatever the
     start method; those that it starts as new programs do not. Every Trainer leaves the record of its run in its output
-    folder (`agr_hf.integrations.callbacks.RecordRun`), and resumes as `agr_hf.integrations.trainer.train` does:
-    `--resume_from_checkpoint latest` takes the last complete checkpoint.
+    folder (`agr_hf.integrations.callbacks.RecordRun`), and trains as `agr_hf.integrations.trainer.train` does: a resumed run
+    ends as one never stopped, and `--resume_from_checkpoint latest` takes the last complete checkpoint.
 
     Args:
         target: path of a script, or with `as_module` the name of a module or package.
@@ -115,6 +118,7 @@ def run_own_script(
         nonlocal resumed
         resumed = True
         Trainer.train = own_train  # type: ignore[method-assign]
+        _train_resumably()  # those that the script trains after it
         trainer.args.output_dir = str(output_dir)
         return train(trainer, str(checkpoint))
 

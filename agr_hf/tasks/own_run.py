@@ -103,7 +103,7 @@ def write_own_record(
             device=device,
             **fields,
         ).write(folder)
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
         logger.warning("the run is not recorded: %s", find_reason(error))
         return False
     logger.info("the run is recorded in %s, for agr-hf card, push and leaderboard", Path(folder) / RESULTS)

@@ -185,6 +185,13 @@ def test_curves_need_two_epochs(run, tmp_path):
     assert not draw_curves(run, tmp_path / "y.png")
 
 
+def test_a_curve_leaves_out_what_no_axis_can_show(run, tmp_path):
+    run.epochs = [{"epoch": epoch, "loss": loss} for epoch, loss in enumerate((1e308, 1.0, 1.7e308, 0.5))]
+    assert draw_curves(run, tmp_path / "x.png")
+    run.epochs = run.epochs[::2]
+    assert not draw_curves(run, tmp_path / "y.png")
+
+
 @pytest.mark.parametrize("task", ["image-classification", "albert", "ddpm"])
 def test_cards_of_real_runs_hold_their_numbers(task, trained):
     run = read_record(trained[task])

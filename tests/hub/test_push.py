@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -277,6 +278,7 @@ def cut_in_half(path):
             "names model-1.safetensors, which is missing",
         ),
         (lambda run: (run / "model_index.json").write_text("{}"), "unet has no weights"),
+        (lambda run: (run / os.fsdecode(b"\xff.json")).write_text("{}"), "'.udcff.json' is no name in UTF-8"),
         (lambda run: (run / "link.json").symlink_to("/etc/hostname"), "link.json is a link, which is not followed"),
         (lambda run: (run / f"hf_{'a' * 34}.json").write_text("{}"), "<secret>.json holds an access token"),
         (lambda run: (run / "config.json").write_text('{"x": "hf_' + "a" * 34 + '"}'), "holds an access token"),

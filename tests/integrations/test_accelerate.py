@@ -332,3 +332,51 @@ def test_an_epoch_goes_on_in_batches_of_another_size(tmp_path):
         batches_of_epoch(accelerator, loader(6), progress)
     progress.load_state_dict({"epoch": 3, "batches": 4, "step": 9})  # of an older version
     assert flat(batches_of_epoch(accelerator, loader(4), progress)) == order[16:]
+
+
+@pytest.mark.parametrize(("step", "keep"), [(1, 0), (1, -1), (1, 1.5), (-1, 2), (2.0, 2), (True, 2)])
+def test_a_checkpoint_that_could_not_be_found_again_is_refused(step, keep, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    save_checkpoint(accelerator, tmp_path, 5)
+    with pytest.raises(ValueError, match=r"(step|keep)=.* is not allowed; it must be an integer"):
+        save_checkpoint(accelerator, tmp_path, step, keep=keep)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_all_checkpoints_are_kept_where_no_number_is_given(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    for step in range(4):
+        save_checkpoint(accelerator, tmp_path, step, keep=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in range(4)]
+
+
+def test_dropout_within_an_epoch_is_that_of_a_loop_never_stopped(tmp_path):
+    inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+
+    def run(folder, resume=None, stop=None):
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
+        optimizer = AGRAdamW(model.parameters(), lr=1e-2)
+        loader = torch.utils.data.DataLoader(data, 8, shuffle=True)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        progress = Progress()
+        accelerator.register_for_checkpointing(progress)
+        load_checkpoint(accelerator, resume, folder)
+        while progress.epoch < 2:
+            for x, y in batches_of_epoch(accelerator, loader, progress):
+                accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.batches += 1
+                progress.step += 1
+                if progress.step == stop:
+                    return save_checkpoint(accelerator, folder, progress.step)
+            progress.epoch += 1
+            progress.batches = 0
+        return [param.detach().clone() for param in model.parameters()]
+
+    whole = run(tmp_path)
+    run(tmp_path, stop=3)
+    assert all(map(torch.equal, whole, run(tmp_path, resume="latest")))

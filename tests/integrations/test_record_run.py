@@ -4,9 +4,11 @@ import json
 import logging
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from accelerate import Accelerator
@@ -378,6 +380,14 @@ def test_an_accelerate_loop_leaves_the_same_record(tmp_path):
     assert "secret-secret" not in (tmp_path / "results.json").read_text()
     assert draw_curves(run, tmp_path / "curves.png")
     assert "ViTForImageClassification.from_pretrained" in model_card(run, "tester/run")
+
+
+@pytest.mark.parametrize("arguments", [{"seed": numpy.int64(3), 5: 6}, Namespace(seed=3, odd={1, 2})])
+def test_arguments_of_any_kind_are_recorded(arguments, tmp_path):
+    model = small_model()
+    optimizer = AGRAdan(model.parameters(), lr=0.1)
+    record_run(Accelerator(cpu=True), tmp_path, model, optimizer, {"accuracy": 0.5}, arguments=arguments)
+    assert read_record(tmp_path).seed == 3
 
 
 def test_trainers_own_card_names_the_optimizer_with_three_betas(tmp_path):

@@ -14,7 +14,8 @@ import torch.distributed.checkpoint
 from safetensors.torch import load_file
 from small import arguments, same_bits, small_data, small_model, trainer_of
 from torch.distributed.checkpoint import FileSystemWriter
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 import agr_hf
 from agr_hf import AGRAdamW, agr_param_groups, create_optimizer, list_optimizers
@@ -25,6 +26,7 @@ from agr_hf.integrations.checkpoints import (
     resolve_checkpoint,
 )
 from agr_hf.integrations.optimizer_states import load_optimizer, save_optimizer
+from agr_hf.integrations.run import _train_resumably
 from agr_hf.integrations.trainer import load_renamed_weights, train
 from agr_hf.optim.param_groups import set_agr_flags
 
@@ -69,6 +71,26 @@ def test_a_resumed_trainer_run_has_the_bits_of_one_never_stopped(name, tmp_path)
         assert resumed.state.global_step == 16
         assert same_bits(whole.model, resumed.model)
         shutil.rmtree(tmp_path / "resumed")
+
+
+def test_a_script_under_agr_hf_run_resumes_to_the_bits_of_one_never_stopped(tmp_path, monkeypatch):
+    """With evaluations, whose loaders draw a random number each, and a first part that passes no checkpoint."""
+    monkeypatch.setattr(Trainer, "train", Trainer.train)  # put back afterwards
+    _train_resumably()
+
+    def trainer_in(folder):
+        trainer = job(folder, "agr_adamw")
+        trainer.eval_dataset = small_data(16)
+        trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 3
+        return trainer
+
+    whole = trainer_in(tmp_path / "whole")
+    whole.train()
+    for step in (5, 10):
+        shutil.copytree(tmp_path / f"whole/checkpoint-{step}", tmp_path / f"{step}/checkpoint-{step}")
+        resumed = trainer_in(tmp_path / f"{step}")
+        resumed.train(resume_from_checkpoint="latest")
+        assert same_bits(whole.model, resumed.model)
 
 
 def test_without_our_loading_trainer_trains_on_from_fresh_weights(tmp_path):
