@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,9 +206,11 @@ def load_images(
                 f"the {what} set of {name!r} has labels from {int(labels.min())} to {int(labels.max())}, but "
                 f"{len(names)} classes; labels must count from 0"
             )
-    mean = source.mean if source else (0.485, 0.456, 0.406)
-    std = source.std if source else (0.229, 0.224, 0.225)
-    return _image_data(train, test, size, channels, names, mean, std, augmentation, test_split, test_count, seed)
+    return _image_data(
+        train, test, augmentation, seed, size=size, channels=channels, labels=names, test_split=test_split,
+        test_rows=test_count, mean=source.mean if source else (0.485, 0.456, 0.406),
+        std=source.std if source else (0.229, 0.224, 0.225),
+    )  # fmt: skip
 
 
 def _own_size(rows: Any) -> int:
@@ -226,47 +227,23 @@ def _own_size(rows: Any) -> int:
 
 def _digits(augmentation: str, max_train: int | None, max_test: int | None, seed: int) -> ImageData:
     splits = load_digits()
-    images = {n: ((s.pixel_values + 1) * 127.5).round().to(torch.uint8) for n, s in splits.items()}
-    train = images["train"][:max_train], splits["train"].labels[:max_train]
-    test = images["test"][:max_test], splits["test"].labels[:max_test]
+    train, test = splits["train"], splits["test"]
     return _image_data(
-        train,
-        test,
-        8,
-        1,
-        [str(i) for i in range(10)],
-        (0.3053,),
-        (0.3761,),
-        augmentation,
-        "test",
-        len(images["test"]),
-        seed,
-    )
+        (train.encoded[:max_train], train.labels[:max_train]), (test.encoded[:max_test], test.labels[:max_test]),
+        augmentation, seed, size=8, channels=1, labels=[str(i) for i in range(10)], mean=(0.3053,), std=(0.3761,),
+        test_split="test", test_rows=len(test),
+    )  # fmt: skip
 
 
 def _image_data(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    size: int,
-    channels: int,
-    names: list[str],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augmentation: str,
-    test_split: str,
-    test_rows: int,
-    seed: int,
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], augmentation: str, seed: int, **facts: Any
 ) -> ImageData:
+    """The data sets of images and labels; `facts` are the other fields of `ImageData`."""
+    size, mean, std = facts["size"], facts["mean"], facts["std"]
     return ImageData(
         ImageRows(*train, make_transform(size, mean, std, augmentation), None if augmentation == "none" else seed),
         ImageRows(*test, make_transform(size, mean, std, "none")),
-        size,
-        channels,
-        names,
-        mean,
-        std,
-        test_split,
-        test_rows,
+        **facts,
     )
 
 
@@ -355,7 +332,7 @@ def _label_names(rows: Any, source: ImageSource | None, labels: Tensor) -> list[
     if isinstance(feature, datasets.ClassLabel) and (source is None or feature.num_classes == source.classes):
         return list(feature.names)
     if source:
-        found = len(Counter(labels.tolist()))
+        found = len(labels.unique())
         if found != source.classes:
             logger.warning("%d of the %d classes of this data set have training images", found, source.classes)
         return [str(i) for i in range(source.classes)]

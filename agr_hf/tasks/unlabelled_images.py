@@ -86,8 +86,7 @@ def _encoded(source: str, split: str, revision: str | None) -> Iterator[tuple[st
     path = Path(source)
     if source == "digits":
         for name, part in load_digits().items():
-            pixels = ((part.pixel_values + 1) * 127.5).round().to(torch.uint8)
-            yield from ((f"{name} {i}", image) for i, image in enumerate(pixels))
+            yield from ((f"{name} {i}", image) for i, image in enumerate(part.encoded))
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
         yield from ((file.relative_to(path).as_posix(), file) for file in files)
