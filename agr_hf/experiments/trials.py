@@ -171,13 +171,8 @@ class Trials:
         ranges: Sequence[Range] = (),
         budget: int = 0,
     ) -> None:
-        self._storage, self._worker, self._maximize, self._ranges, self._budget = (
-            storage,
-            worker,
-            maximize,
-            ranges,
-            budget,
-        )
+        self._storage, self._worker = storage, worker
+        self._maximize, self._ranges, self._budget = maximize, ranges, budget
         self.failed = 0  # here, by the script's own fault
         with warnings.catch_warnings():
             # Workers on many trials at once: TPE then takes those in hand for bad ones, and looks elsewhere.
@@ -210,18 +205,15 @@ class Trials:
     def take(self) -> Taken | None:
         """A trial that is now this worker's; None where there is none to take."""
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # experimental, and known from Study.optimize; here runs are asked for one by one
+            # Experimental, and known from Study.optimize; here runs are asked for one by one.
+            warnings.simplefilter("ignore")
             fail_stale_trials(self._study)
             self._take_from_the_dead()
             return self._take()
 
     def _take_from_the_dead(self) -> None:
         """Queue again what workers had in hand that are known to have ended, or that ended before they said who they are."""
-        for trial in self._trials():
-            if trial.state != TrialState.RUNNING:
-                continue
+        for trial in self._trials(TrialState.RUNNING):
             worker, began = trial.user_attrs.get("worker"), trial.datetime_start
             nobody = worker is None and began is not None and (datetime.now() - began).total_seconds() > SILENT
             if nobody or (worker and self._worker.is_dead(worker)):
@@ -265,23 +257,22 @@ class Trials:
 
     def in_hand(self) -> int:
         """How many runs some worker has, or will have."""
-        return sum(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in self._trials())
+        return len(self._trials(TrialState.RUNNING, TrialState.WAITING))
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Of each run that is done."""
-        return {trial.user_attrs["run"]: trial.user_attrs["metrics"] for trial in self._complete()}
+        return {trial.user_attrs["run"]: trial.user_attrs["metrics"] for trial in self._trials(TrialState.COMPLETE)}
 
     def best(self) -> dict[str, float]:
         """The searched arguments of the best among the first trials, as many as the budget has."""
         sign = -1 if self._maximize else 1
-        found: dict[str, float] = min(self._complete()[: self._budget], key=lambda t: sign * (t.value or 0.0)).params
+        first = self._trials(TrialState.COMPLETE)[: self._budget]
+        found: dict[str, float] = min(first, key=lambda t: sign * (t.value or 0.0)).params
         return found
 
-    def _complete(self) -> list[optuna.trial.FrozenTrial]:
-        return [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
-
-    def _trials(self) -> list[optuna.trial.FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+    def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        """Those in one of some states, or all."""
+        return self._study.get_trials(deepcopy=False, states=states or None)
 
 
 @dataclass(frozen=True, eq=False)
