@@ -144,13 +144,10 @@ def prepare(
         compared=all(name in contents for name in REPORT),
         resumable=any(name.startswith(f"{FOLDER}/") for name in contents),
     )
-    contents["README.md"] = card.encode()
-    evaluation = evaluation_file(run)
-    if evaluation:
-        contents[".eval_results/agr_hf.yaml"] = evaluation.encode()
-    for name in ("README.md", ".eval_results/agr_hf.yaml"):
-        if name in contents:
-            refuse_secrets(name, contents[name])  # type: ignore[arg-type]
+    for name, text in (("README.md", card), (".eval_results/agr_hf.yaml", evaluation_file(run))):
+        if text:
+            refuse_secrets(name, text.encode())
+            contents[name] = text.encode()
     return contents
 
 
@@ -196,14 +193,11 @@ def _commit(
 
 def _digest(contents: Mapping[str, bytes | Path]) -> str:
     """A fingerprint of the files of a push."""
-    total = hashlib.sha256()
-    for name, content in sorted(contents.items()):
-        with open(content, "rb") if isinstance(content, Path) else tempfile.SpooledTemporaryFile() as file:
-            if isinstance(content, bytes):
-                file.write(content)
-                file.seek(0)
-            total.update(json.dumps([name, hashlib.file_digest(file, "sha256").hexdigest()]).encode())
-    return total.hexdigest()[:16]
+    from huggingface_hub import CommitOperationAdd
+
+    files = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+    words = json.dumps([[file.path_in_repo, file.upload_info.sha256.hex()] for file in files])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def check_place(repo_id: str, revision: str | None = None) -> None:
