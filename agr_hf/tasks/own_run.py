@@ -193,15 +193,12 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     base = str(getattr(getattr(adapted, "config", None), "_name_or_path", "") or "")
     cls = type(adapted)
     base = "" if Path(base).exists() else base
+    of_transformers = cls.__module__.startswith("transformers.")
     return {
         "model_name": base.rpartition("/")[2] or cls.__name__,
-        "model_class": cls.__name__ if cls.__module__.startswith("transformers.") else None,
+        "model_class": cls.__name__ if of_transformers else None,
         "base_model": base or None,
-        "library": "peft"
-        if adapted is not model
-        else "transformers"
-        if cls.__module__.startswith("transformers.")
-        else None,
+        "library": "peft" if adapted is not model else "transformers" if of_transformers else None,
         "parameters": sum(map(count_elements, model.parameters())),
     }
 
