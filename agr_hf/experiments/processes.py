@@ -41,6 +41,10 @@ class ScriptRun:
     threads: int
 
     @property
+    def name(self) -> str:
+        return f"{self.folder.parent.name}, {self.folder.name}"
+
+    @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
