@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.errors import UserError
-from agr_hf.tasks.pictures import find_image_column, find_label_column, open_image
+from agr_hf.tasks.pictures import encoded_image, find_image_column, find_label_column, open_image
 
 Batch = dict[str, Tensor]
 TEXT_LENGTH = 64
@@ -139,7 +139,10 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
     for batch in rows.iter(batch_size):
         if normalization:
             # Parquet files of images keep the encoded bytes.
-            pictures = [open_image(value["bytes"]) if isinstance(value, Mapping) else value for value in batch[image]]
+            pictures = [
+                open_image(encoded_image(value)) if isinstance(value, (bytes, Mapping)) else value
+                for value in batch[image]
+            ]
             yield _image_batch(model, pictures, torch.tensor(batch[label]), *normalization)
         else:
             yield _text_batch(model, batch["text"], name)
