@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -161,12 +162,11 @@ def plot_curves(runs: Sequence[RunRecord], path: Path) -> None:
     figure.suptitle("Lines: mean of the seeds. Bands: from the lowest seed to the highest.", fontsize=10)
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name in dict.fromkeys(run.optimizer for run in runs):
-            scale = 100 if key == "accuracy" else 1
-            curves = [[_scaled(point[key], scale) for point in run.epochs] for run in runs if run.optimizer == name]
-            columns = list(zip(*curves, strict=True))
-            epochs = range(1, len(columns) + 1)
-            axes.plot(epochs, [statistics.mean(column) for column in columns], label=optimizer_info(name).title)
-            axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2)
+            points = [[point[key] for point in run.epochs] for run in runs if run.optimizer == name]
+            curves = numpy.array(points, float) * (100 if key == "accuracy" else 1)  # None, of no finite number, is NaN
+            epochs = range(1, curves.shape[1] + 1)
+            axes.plot(epochs, curves.mean(0), label=optimizer_info(name).title)
+            axes.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         if key == "accuracy":
@@ -176,8 +176,3 @@ def plot_curves(runs: Sequence[RunRecord], path: Path) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(OPTIMIZERS))
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": "agr_hf"})
-
-
-def _scaled(value: float | None, scale: int) -> float:
-    """A number of an epoch; NaN where it was not finite."""
-    return float("nan") if value is None else scale * value
