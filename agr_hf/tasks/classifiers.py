@@ -207,10 +207,9 @@ def classifier(
             "interpolation": "bilinear",
         },
     )
-    state = torch.random.get_rng_state()
-    model = TimmWrapperForImageClassification(config)
     # The wrapper's own draws must not decide what a seed means.
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        model = TimmWrapperForImageClassification(config)
     own = timm.create_model(timm_name, num_classes=len(labels), **arguments)
     model.timm_model.load_state_dict(own.state_dict())
     return model

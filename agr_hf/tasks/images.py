@@ -132,12 +132,9 @@ class ImageRows(EpochData, Dataset[dict[str, Any]]):
         if self.seed is None:
             return self.transform(self.images[index])
         # torchvision draws from torch's global state, which is the training's.
-        state = torch.get_rng_state()
-        try:
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index % len(self)))
             return self.transform(self.images[index])
-        finally:
-            torch.set_rng_state(state)
 
 
 def load_images(
@@ -300,8 +297,8 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
 
 def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, what: str) -> tuple[Tensor, Tensor]:
     """All images as one uint8 tensor (n, channels, size, size), and their labels; unreadable ones left out, and named."""
-    import numpy
     from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     image_column, label_column = find_image_column(rows), find_label_column(rows, source.label if source else None)
     if image_column is None or label_column is None:
@@ -309,15 +306,12 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
     images, labels, broken = [], [], []
     for i, (content, label) in enumerate(zip(read_encoded(rows, image_column), rows[label_column], strict=True)):
         try:
-            picture = open_image(content)
-            picture = picture.convert("L" if channels == 1 else "RGB")
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-            array = numpy.asarray(picture)
+            picture = open_image(content).convert("L" if channels == 1 else "RGB")
+            image = pil_to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR))
         except (OSError, ValueError, SyntaxError) as error:
             broken.append(f"row {i} ({type(error).__name__})")
             continue
-        images.append(torch.from_numpy(array.copy()).reshape(size, size, channels).permute(2, 0, 1))
+        images.append(image)
         labels.append(label)
     warn_of_broken(broken, len(rows), f"the {what} set")
     stacked = torch.stack(images).contiguous() if images else torch.empty(0, channels, size, size, dtype=torch.uint8)

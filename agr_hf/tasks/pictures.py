@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +51,12 @@ def encoded_image(value: Any) -> bytes | Path | None:
     return value["bytes"] if value.get("bytes") is not None else None if path is None else Path(path)
 
 
-@contextmanager
-def _opened(content: bytes | Path | None) -> Iterator[Any]:
+def _opened(content: bytes | Path | None) -> Any:
     from PIL import Image
 
     if content is None:
         raise ValueError("the row has no image")
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
-        yield file
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
 
 def read_size(content: bytes | Path | None) -> tuple[int, int]:

@@ -124,13 +124,13 @@ def _load_from_hub(source: str, revision: str | None) -> Any:
 
 def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
     """(channels, size, size), uint8, of a tensor, bytes or a file."""
-    import numpy
     from PIL import Image, ImageOps
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     picture = Image.fromarray(content[0].numpy()) if isinstance(content, Tensor) else open_image(content)
     grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "LA"))
     picture = picture.convert("L" if grey else "RGB")
     if size is not None and picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(numpy.array(picture))
-    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
+    pixels: Tensor = pil_to_tensor(picture).contiguous()
+    return pixels
