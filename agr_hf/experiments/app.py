@@ -184,14 +184,12 @@ def show_layers(
 def _load_model(root: Path, name: str) -> nn.Module:
     """A model below `root` or one of timm or the Hub; no other local folder."""
     if name in find_models(root):
-        path = str(_inside(root, name))
-    elif MODEL_NAME.fullmatch(name) and not Path(name).exists():
-        path = name
-    else:
+        name = str(_inside(root, name))
+    elif not MODEL_NAME.fullmatch(name) or Path(name).exists():
         raise UserError(
             f"{name!r} is not allowed; choose a model from the list, or enter an architecture of timm or a Hub id"
         )
-    return load_model(path, safetensors_only=True, max_parameters=MAX_PARAMETERS)
+    return load_model(name, safetensors_only=True, max_parameters=MAX_PARAMETERS)
 
 
 @lru_cache(maxsize=1)
