@@ -393,16 +393,15 @@ def build_app(root: Path) -> Any:
     return app
 
 
-def run_app(root: Path, port: int | None = None, say: Callable[[str], None] = print) -> None:
+def run_app(root: Path, port: int | None = None) -> None:
     """Serve the app until it is interrupted, on this machine only unless GRADIO_SERVER_NAME says otherwise.
 
     Args:
         root: the folder below which models and comparisons are read.
         port: of the server; None takes the first free one from 7860 on.
-        say: takes the line with the address.
     """
     app, address = start_app(root, port)
-    say(f"The app is at {address}. Stop it with Ctrl-C.")
+    print(f"The app is at {address}. Stop it with Ctrl-C.")
     app.block_thread()
 
 

@@ -175,7 +175,6 @@ def inspect(
     batch_size: int = 8,
     batches: int = 8,
     rows: int = 20,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Measure, print the verdict and the table, and write `inspect.md`, `inspect.json` and `inspect.png`.
 
@@ -186,7 +185,6 @@ def inspect(
         pretrained: pretrained weights for a timm architecture.
         batch_size, batches: how much is measured. At least 2 batches for a noise.
         rows: layers in the printed table, those with the largest effect first; the JSON has all.
-        say: takes the lines for the user.
     """
     from tqdm.auto import tqdm
 
@@ -222,9 +220,9 @@ def inspect(
     if find_spec("matplotlib") is not None:
         plot(layers, title, output / "inspect.png")
         written.append("inspect.png")
-    say("\n" + text)
-    say("Written to:")
+    print("\n" + text)
+    print("Written to:")
     for file in written:
-        say(f"  {output / file}")
+        print(f"  {output / file}")
     if len(written) == 2:
-        say("There is no picture without matplotlib: pip install matplotlib")
+        print("There is no picture without matplotlib: pip install matplotlib")

@@ -218,7 +218,7 @@ def measure_functions(setting: Setting) -> dict[str, Any]:
             )
             own_start.setdefault(name, {})[optimizer] = own
             distances.setdefault(name, {})[optimizer] = others
-            setting.say(f"{name}, {optimizer}: rate {rate:.3g}")
+            print(f"{name}, {optimizer}: rate {rate:.3g}")
     return {"steps": steps, "trials": setting.options["trials"], "rates": rates, "own_start": own_start,
             "distances": distances}  # fmt: skip
 
