@@ -42,17 +42,14 @@ def load_model(
         register_small_image_models()
         if not Path(name).is_dir() and timm.is_model(name):
             _check_size(name, lambda: timm.create_model(name), max_parameters)
-            model: nn.Module = timm.create_model(name, pretrained=pretrained)
-            return model
+            return timm.create_model(name, pretrained=pretrained)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             cls = transformers.AutoModel
         _check_size(name, lambda: getattr(cls, "from_config", cls)(config), max_parameters)
-        loaded: nn.Module = cls.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True if safetensors_only else None
-        )
+        return cls.from_pretrained(name, trust_remote_code=False, use_safetensors=True if safetensors_only else None)
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -61,7 +58,6 @@ def load_model(
             f"{name!r} is no local folder with a model, {of_timm}, and it could not be loaded from the Hub "
             f"({str(error).splitlines()[0]})"
         ) from error
-    return loaded
 
 
 def _check_size(name: str, build: Callable[[], nn.Module], max_parameters: float) -> None:

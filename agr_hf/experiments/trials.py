@@ -267,8 +267,7 @@ class Trials:
         """The searched arguments of the best among the first trials, as many as the budget has."""
         sign = -1 if self._maximize else 1
         first = self._trials(TrialState.COMPLETE)[: self._budget]
-        found: dict[str, float] = min(first, key=lambda t: sign * (t.value or 0.0)).params
-        return found
+        return min(first, key=lambda t: sign * (t.value or 0.0)).params
 
     def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
         """Those in one of some states, or all."""

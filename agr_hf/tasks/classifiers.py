@@ -102,8 +102,7 @@ class MLP(nn.Module):
         self.head = nn.Linear(sizes[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.layers(x.flatten(1)))
-        return logits
+        return self.head(self.layers(x.flatten(1)))
 
 
 def agr_hf_mlp(pretrained: bool = False, **kwargs: Any) -> MLP:

@@ -298,8 +298,7 @@ class _Normalized(nn.Module):
         if self.size is not None and images.shape[-1] != self.size:
             size = (self.size, self.size)
             images = nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        features: Tensor = self.network((images - self.mean) / self.std)
-        return features
+        return self.network((images - self.mean) / self.std)
 
 
 def _timm_network(model: str) -> nn.Module:
@@ -325,8 +324,7 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
         half = (outputs - inputs) // 2
         return nn.functional.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, half, half))
 
-    block: nn.Module = BasicBlock(inputs, outputs, stride, downsample=shortcut)
-    return block
+    return BasicBlock(inputs, outputs, stride, downsample=shortcut)
 
 
 class _ResNet20(nn.Module):

@@ -256,8 +256,7 @@ def make_transform(
     if augmentation == "rand-augment":
         steps.append(v2.RandAugment())
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    compose: Callable[[Tensor], Tensor] = v2.Compose(steps)
-    return compose
+    return v2.Compose(steps)
 
 
 def _rows(name: str, source: ImageSource | None, train_file: str | None, test_file: str | None) -> tuple[Any, Any, str]:

@@ -132,5 +132,4 @@ def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
     picture = picture.convert("L" if grey else "RGB")
     if size is not None and picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    pixels: Tensor = pil_to_tensor(picture).contiguous()
-    return pixels
+    return pil_to_tensor(picture).contiguous()

@@ -27,8 +27,7 @@ def digits_network(name: str, seed: int) -> nn.Module:
 
 
 def compute_loss(model: nn.Module, data: Images, index: Tensor) -> Tensor:
-    loss: Tensor = model(pixel_values=data.pixel_values[index], labels=data.labels[index]).loss
-    return loss
+    return model(pixel_values=data.pixel_values[index], labels=data.labels[index]).loss
 
 
 def train_on_digits(
