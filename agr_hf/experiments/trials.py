@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
 from agr_hf.errors import UserError
+from agr_hf.experiments.processes import is_locked
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -136,13 +137,7 @@ class Worker:
     def is_dead(self, name: str) -> bool:
         """Whether a worker of this folder ended, and left its file. False for those of other disks."""
         path = self._folder / name
-        if name == self.name or not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return True
-        except Timeout:
-            return False
+        return name != self.name and path.exists() and not is_locked(path)
 
     def end(self) -> None:
         self._lock.release()
