@@ -283,11 +283,8 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
             "train_file and test_file (parquet files with image and label), a folder with train and test in it, or "
             "'digits'"
         ) from error
-    splits = (
-        source.splits
-        if source
-        else ("train", next((s for s in ("test", "validation", "valid") if s in loaded), "test"))
-    )
+    found = next((split for split in ("test", "validation", "valid") if split in loaded), "test")
+    splits = source.splits if source else ("train", found)
     missing = [split for split in splits if split not in loaded]
     if missing:
         raise UserError(f"the data set {name!r} has the splits {', '.join(loaded)}; {', '.join(missing)} is needed")

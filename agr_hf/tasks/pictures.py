@@ -28,9 +28,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 def find_label_column(rows: Any, wanted: str | None = None) -> str | None:
     """The column of the labels: `wanted`, else `label`, `labels` or `fine_label`; None where there is none."""
-    return next(
-        (c for c in (wanted, "label", "labels", "fine_label") if c is not None and c in rows.column_names), None
-    )
+    return next((name for name in (wanted, "label", "labels", "fine_label") if name in rows.column_names), None)
 
 
 def read_encoded(rows: Any, column: str) -> Iterator[bytes | Path | None]:
