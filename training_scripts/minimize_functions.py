@@ -19,7 +19,7 @@ import torch
 from agr_hf import list_optimizers
 from agr_hf.files import replaced_file, write_text
 from agr_hf.tasks.functions import FUNCTIONS, moved, sample_heights, search_rate, squared_distance, trajectory
-from agr_hf.tasks.recipes import given_arguments
+from agr_hf.tasks.recipes import check_counts, given_arguments
 from agr_hf.tasks.record import make_record
 from agr_hf.tasks.runs import run_main
 
@@ -43,9 +43,7 @@ def make_parser():
 def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ("trials", "search_steps", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    check_counts(parser, args, "trials", "search_steps", "steps")
     if not 0 < args.lowest_lr < args.highest_lr:
         parser.error(f"--lowest_lr {args.lowest_lr:g} must be above 0 and below --highest_lr {args.highest_lr:g}")
     return args, given_arguments(parser, argv)
