@@ -54,9 +54,8 @@ def measure_norm(setting: Setting) -> dict[str, Any]:
 def judge_norm(found: Mapping[str, Any]) -> Finding:
     worst = max(found["largest_ratio"].values())
     effect = f"‖Ψ(g)‖ / ‖g‖ is at most {worst:.6f}; every |1 - a| is at most 1, so it cannot be otherwise"
-    return Finding(
-        "confirmed" if worst <= 1 + 1e-12 else "contradicted", effect, n=len(LAWS) * found["draws_of_each_law"]
-    )
+    verdict = "confirmed" if worst <= 1 + 1e-12 else "contradicted"
+    return Finding(verdict, effect, n=len(LAWS) * found["draws_of_each_law"])
 
 
 def measure_jacobian(setting: Setting) -> dict[str, Any]:
