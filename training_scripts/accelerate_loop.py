@@ -28,6 +28,7 @@ from agr_hf.integrations.accelerate import (
 )
 from agr_hf.integrations.launch import check_launch
 from agr_hf.tasks.digits import digits_model, load_digits
+from agr_hf.tasks.recipes import check_counts
 from agr_hf.tasks.runs import run_main
 
 
@@ -50,12 +51,8 @@ def parse_args(argv=None):
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--ddp_timeout", type=int, default=1800, help="seconds that a process waits for the others")
     args = parser.parse_args(argv)
-    for name in ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps",
-                 "ddp_timeout"):  # fmt: skip
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
-    if args.agr_steps is not None and not args.optim.startswith("agr_"):
-        parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
+    check_counts(parser, args, "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+                 "save_steps", "ddp_timeout")  # fmt: skip
     return args
 
 

@@ -18,13 +18,12 @@ import torch
 
 from agr_hf import list_optimizers
 from agr_hf.files import replaced_file, write_text
-from agr_hf.tasks.functions import FUNCTIONS, moved, sample_heights, squared_distance, trajectory
-from agr_hf.tasks.recipes import given_arguments
+from agr_hf.tasks.functions import FUNCTIONS, moved, sample_heights, search_rate, squared_distance, trajectory
+from agr_hf.tasks.recipes import check_counts, given_arguments
 from agr_hf.tasks.record import make_record
 from agr_hf.tasks.runs import run_main
 
 logger = logging.getLogger("minimize_functions")
-FARTHEST = 1e6  # what a run that left the numbers counts as: an infinite value would be a failed trial to Optuna
 
 
 def make_parser():
@@ -44,26 +43,10 @@ def make_parser():
 def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ("trials", "search_steps", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    check_counts(parser, args, "trials", "search_steps", "steps")
     if not 0 < args.lowest_lr < args.highest_lr:
         parser.error(f"--lowest_lr {args.lowest_lr:g} must be above 0 and below --highest_lr {args.highest_lr:g}")
     return args, given_arguments(parser, argv)
-
-
-def search(function, optimizer, args):
-    """The learning rate whose run ends nearest to the minimum."""
-
-    import optuna
-
-    def objective(trial):
-        lr = trial.suggest_float("lr", args.lowest_lr, args.highest_lr, log=True)
-        return min(squared_distance(function, trajectory(function, optimizer, lr, args.search_steps)), FARTHEST)
-
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=args.seed))
-    study.optimize(objective, n_trials=args.trials)
-    return study.best_params["lr"]
 
 
 def plot(function, ways, path):
@@ -86,10 +69,7 @@ def plot(function, ways, path):
 
 
 def main(argv=None):
-    import optuna  # here and not above: `run_main` says in a sentence what is missing
-
     args, given = parse_args(argv)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # two numbers at a time
     started = time.perf_counter()
     found, lines = [], [f"| function | optimizer | lr | distance after {args.search_steps} steps | after {args.steps} |",
@@ -97,7 +77,10 @@ def main(argv=None):
     for function in (FUNCTIONS[name] for name in args.functions):
         function, ways = moved(function, args.seed) if args.seed > 0 else function, {}
         for name in args.optim:
-            lr = search(function, name, args)
+            lr = search_rate(
+                function, name, args.search_steps, args.trials, lowest=args.lowest_lr, highest=args.highest_lr,
+                seed=args.seed,
+            )  # fmt: skip
             ways[name] = trajectory(function, name, lr, args.steps)
             near, last = (
                 math.sqrt(squared_distance(function, ways[name][: n + 1])) for n in (args.search_steps, args.steps)

@@ -28,6 +28,7 @@ from agr_hf.tasks import diffusion
 from agr_hf.tasks.arguments import ScriptParser
 from agr_hf.tasks.frechet import feature_network, frechet_metrics, inception_metrics, inception_weights
 from agr_hf.tasks.images import hub_source
+from agr_hf.tasks.recipes import check_counts
 from agr_hf.tasks.record import make_record
 from agr_hf.tasks.runs import describe_dataset, optimizer_groups, refuse_used, run_main, summarize_gradients
 from agr_hf.tasks.unlabelled_images import load_unlabelled_images
@@ -97,17 +98,8 @@ def parse_args(argv=None):
     """The arguments, and those that the command line gave."""
     parser = make_parser()
     (args,), given = parser.parse(argv)
-    for name in (
-        "num_epochs",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "checkpointing_steps",
-        "save_images_epochs",
-        "num_grid_samples",
-        "eval_batch_size",
-    ):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    check_counts(parser, args, "num_epochs", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
+                 "save_images_epochs", "num_grid_samples", "eval_batch_size")  # fmt: skip
     most = diffusion.ddpm_scheduler().config.num_train_timesteps
     if not 1 <= args.ddpm_num_inference_steps <= most:
         parser.error(
@@ -115,8 +107,6 @@ def parse_args(argv=None):
         )
     if args.optim not in list_optimizers():
         parser.error(f"--optim {args.optim} is not allowed; it must be one of {', '.join(list_optimizers())}")
-    if args.agr_steps is not None and not args.optim.startswith("agr_"):
-        parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
     if args.num_eval_samples < 0 or args.num_eval_samples == 1:
         parser.error(
             f"--num_eval_samples {args.num_eval_samples} is not allowed; a distance needs at least 2 samples, and 0 leaves "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agr_hf.errors import UserError
-from agr_hf.tasks.pictures import find_image_column, find_label_column, open_image
+from agr_hf.tasks.pictures import encoded_image, find_image_column, find_label_column, open_image
 
 Batch = dict[str, Tensor]
 TEXT_LENGTH = 64
@@ -42,17 +42,14 @@ def load_model(
         register_small_image_models()
         if not Path(name).is_dir() and timm.is_model(name):
             _check_size(name, lambda: timm.create_model(name), max_parameters)
-            model: nn.Module = timm.create_model(name, pretrained=pretrained)
-            return model
+            return timm.create_model(name, pretrained=pretrained)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             cls = transformers.AutoModel
         _check_size(name, lambda: getattr(cls, "from_config", cls)(config), max_parameters)
-        loaded: nn.Module = cls.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True if safetensors_only else None
-        )
+        return cls.from_pretrained(name, trust_remote_code=False, use_safetensors=True if safetensors_only else None)
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -61,7 +58,6 @@ def load_model(
             f"{name!r} is no local folder with a model, {of_timm}, and it could not be loaded from the Hub "
             f"({str(error).splitlines()[0]})"
         ) from error
-    return loaded
 
 
 def _check_size(name: str, build: Callable[[], nn.Module], max_parameters: float) -> None:
@@ -104,7 +100,7 @@ def random_batches(model: Any, batch_size: int, count: int) -> Iterator[Batch]:
             )
 
 
-def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, count: int) -> Iterator[Batch]:
+def dataset_batches(model: Any, source: str, name: str, batch_size: int, count: int) -> Iterator[Batch]:
     """Batches of a dataset: a parquet, JSON or text file, a folder of images, or a Hub id; its train split.
 
     Images need columns `image` and `label` (or `img`, `fine_label`), texts a column `text` and the model's tokenizer.
@@ -135,14 +131,20 @@ def dataset_batches(model: nn.Module, source: str, name: str, batch_size: int, c
             f"the dataset {source!r} has the columns {', '.join(rows.column_names)}; this model takes "
             + ("image and label" if images else "text")
         )
-    normalization = _normalization(model, name) if images else None
+    key, transform = _image_input(model, name) if images else ("", None)
     for batch in rows.iter(batch_size):
-        if normalization:
-            # Parquet files of images keep the encoded bytes.
-            pictures = [open_image(value["bytes"]) if isinstance(value, Mapping) else value for value in batch[image]]
-            yield _image_batch(model, pictures, torch.tensor(batch[label]), *normalization)
-        else:
+        if transform is None:
             yield _text_batch(model, batch["text"], name)
+            continue
+        labels = torch.tensor(batch[label])
+        classes = model.num_classes if key == "x" else model.config.num_labels
+        if int(labels.max()) >= classes:
+            raise UserError(f"the dataset has a label {int(labels.max())}, but the model has {classes} classes")
+        # Parquet files of images keep the encoded bytes.
+        pictures = [
+            open_image(encoded_image(value)) if isinstance(value, (bytes, Mapping)) else value for value in batch[image]
+        ]
+        yield {key: torch.stack(list(map(transform, pictures))), "labels": labels}
 
 
 def _normalization(model: Any, name: str) -> tuple[Sequence[float], Sequence[float]]:
@@ -167,25 +169,22 @@ def _normalization(model: Any, name: str) -> tuple[Sequence[float], Sequence[flo
     return mean, std
 
 
-def _image_batch(model: Any, images: list[Any], labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+def _image_input(model: Any, name: str) -> tuple[str, Callable[[Any], Tensor]]:
+    """Name of a model's input, and what makes it of a picture."""
     from torchvision.transforms import v2
 
     (example,) = random_batches(model, 1, 1)
     key = "x" if "x" in example else "pixel_values"
     channels, height, width = example[key].shape[1:]
-    classes = model.num_classes if key == "x" else model.config.num_labels
-    if int(labels.max()) >= classes:
-        raise UserError(f"the dataset has a label {int(labels.max())}, but the model has {classes} classes")
-    transform = v2.Compose(
+    return key, v2.Compose(
         [
             v2.ToImage(),
             v2.Grayscale(channels) if channels == 1 else v2.RGB(),
             v2.Resize((height, width), antialias=True),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
+            v2.Normalize(*_normalization(model, name)),
         ]
     )
-    return {key: torch.stack([transform(image) for image in images]), "labels": labels}
 
 
 def _text_batch(model: nn.Module, texts: list[str], name: str) -> Batch:
@@ -205,25 +204,19 @@ def _text_batch(model: nn.Module, texts: list[str], name: str) -> Batch:
 
 def compute_loss(model: Any, batch: Batch) -> Tensor:
     """The model's own loss; without one, cross-entropy of logits, or of tokens against themselves."""
-    labels = batch.get("labels")
     if "x" in batch:
         return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
-    if "input_ids" not in batch:
-        output = model(**batch)
-    else:
-        classifies = type(model).__name__.endswith("ForSequenceClassification")
-        if classifies:
-            classes = model.config.num_labels
-            labels = torch.randint(classes, (len(batch["input_ids"]),))
-        else:
-            labels = batch["input_ids"]
-            if "attention_mask" in batch:
-                labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-        extra = {"labels": labels}
-        if type(model).__name__ == "AlbertForPreTraining":
-            extra["sentence_order_label"] = torch.randint(2, (len(labels),))
-        elif not type(model).__name__.endswith(("LM", "LMHeadModel", "ForPreTraining")) and not classifies:
-            extra = {}  # a bare encoder
-        output = model(**batch, **extra)
+    name = type(model).__name__
+    extra: dict[str, Tensor] = {}
+    if "input_ids" in batch:
+        tokens = batch["input_ids"]
+        if name.endswith("ForSequenceClassification"):
+            extra["labels"] = torch.randint(model.config.num_labels, (len(tokens),))
+        elif name.endswith(("LM", "LMHeadModel", "ForPreTraining")):  # others are bare encoders
+            mask = batch.get("attention_mask", torch.ones_like(tokens))
+            extra["labels"] = tokens.masked_fill(mask == 0, -100)
+        if name == "AlbertForPreTraining":
+            extra["sentence_order_label"] = torch.randint(2, (len(tokens),))
+    output = model(**batch, **extra)
     loss: Tensor | None = getattr(output, "loss", None)
     return output[0].float().square().mean() if loss is None else loss

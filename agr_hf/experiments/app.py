@@ -22,7 +22,7 @@ from torch import nn
 from agr_hf.errors import UserError
 from agr_hf.experiments import charts
 from agr_hf.experiments.any_model import Batch, load_model, random_batches
-from agr_hf.experiments.inspect import Layer, measure, verdict
+from agr_hf.experiments.inspect import measure, verdict
 from agr_hf.experiments.report import html_report, read_comparison
 from agr_hf.optim.registry import OPTIMIZERS, create_optimizer, list_optimizers, optimizer_info
 from agr_hf.tasks.functions import FUNCTIONS, TestFunction, sample_heights, squared_distance, trajectory
@@ -99,19 +99,13 @@ def show_trajectories(
         distance = math.sqrt(squared_distance(function, points))
         drawn.append(charts.Trajectory(f"{title}, learning rate {rate:g}", finite))
         end = f"{distance:.2g}" if math.isfinite(distance) else "diverged"
-        lines.append(
-            f'<tr><th scope="row">{charts.draw_marker(index)} {escape(title)}</th><td class="number">{rate:g}</td>'
-            f'<td class="number">{end}</td></tr>'
-        )
+        lines.append([f"{charts.draw_marker(index)} {escape(title)}", f"{rate:g}", end])
     picture = charts.draw_trajectories(
         _contour_lines(function), drawn, function.minimum, function.extent,
         f"{function_name}, {steps:g} steps", SECONDS if animated else 0.0,
     )  # fmt: skip
-    table = (
-        f'<div class="scroll"><table><caption>Distance to the minimum after {steps:g} steps</caption>'
-        '<thead><tr><th scope="col">optimizer</th><th scope="col" class="number">learning rate</th>'
-        f'<th scope="col" class="number">distance</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
+    caption = f"<caption>Distance to the minimum after {steps:g} steps</caption>"
+    table = _draw_table(["optimizer", "learning rate", "distance"], lines, caption)
     note = (
         '<p class="soft">The cross is the minimum. The gradient is clipped to norm 1 in each step. AGR applies to the point '
         "itself here, which has two elements only: it takes a far larger share than from a weight matrix.</p>"
@@ -174,7 +168,10 @@ def show_layers(
         + (f"; the {SHOWN_LAYERS} layers with the largest effect." if len(layers) > SHOWN_LAYERS else ".")
         + "</p>",
         f"<figure>{charts.draw_shares(shown, title)}</figure>",
-        _layers_table(layers),
+        _draw_table(
+            ["layer", "weights", "effect", "largest share", "noise", "zeros"],
+            [[f"<code>{escape(layer.name)}</code>", *layer.cells] for layer in layers],
+        ),
     ]
     if name != DEMO_MODEL:
         parts.append(
@@ -184,32 +181,15 @@ def show_layers(
     return f'<div class="agr-chart">{"".join(parts)}</div>'
 
 
-def _layers_table(layers: Sequence[Layer]) -> str:
-    heads = ["weights", "effect", "largest share", "noise", "zeros"]
-    lines = [
-        f'<tr><th scope="row"><code>{escape(la.name)}</code></th><td class="number">{la.numel:,}</td>'
-        f'<td class="number">{la.effect:.1e}</td><td class="number">{la.largest_share:.1e}</td>'
-        f'<td class="number">{la.noise:.2f}</td><td class="number">{100 * la.zeros:.0f}%</td></tr>'
-        for la in layers
-    ]
-    columns = "".join(f'<th scope="col" class="number">{head}</th>' for head in heads)
-    return (
-        f'<div class="scroll"><table><thead><tr><th scope="col">layer</th>{columns}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
 def _load_model(root: Path, name: str) -> nn.Module:
     """A model below `root` or one of timm or the Hub; no other local folder."""
     if name in find_models(root):
-        path = str(_inside(root, name))
-    elif MODEL_NAME.fullmatch(name) and not Path(name).exists():
-        path = name
-    else:
+        name = str(_inside(root, name))
+    elif not MODEL_NAME.fullmatch(name) or Path(name).exists():
         raise UserError(
             f"{name!r} is not allowed; choose a model from the list, or enter an architecture of timm or a Hub id"
         )
-    return load_model(path, safetensors_only=True, max_parameters=MAX_PARAMETERS)
+    return load_model(name, safetensors_only=True, max_parameters=MAX_PARAMETERS)
 
 
 @lru_cache(maxsize=1)
@@ -263,7 +243,20 @@ def show_report(root: Path, name: str | None) -> str:
     return f'<div class="agr-chart">{frame}</div>'
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------ tables and files
+
+
+def _draw_table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A table of HTML cells: the first of a row is its name, the others are numbers."""
+    columns = "".join(f'<th scope="col" class="number">{head}</th>' for head in heads[1:])
+    lines = [
+        f'<tr><th scope="row">{name}</th>' + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
+        for name, *cells in rows
+    ]
+    return (
+        f'<div class="scroll"><table>{caption}<thead><tr><th scope="col">{heads[0]}</th>{columns}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _find(root: Path, file: str) -> list[str]:
@@ -400,16 +393,15 @@ def build_app(root: Path) -> Any:
     return app
 
 
-def run_app(root: Path, port: int | None = None, say: Callable[[str], None] = print) -> None:
+def run_app(root: Path, port: int | None = None) -> None:
     """Serve the app until it is interrupted, on this machine only unless GRADIO_SERVER_NAME says otherwise.
 
     Args:
         root: the folder below which models and comparisons are read.
         port: of the server; None takes the first free one from 7860 on.
-        say: takes the line with the address.
     """
     app, address = start_app(root, port)
-    say(f"The app is at {address}. Stop it with Ctrl-C.")
+    print(f"The app is at {address}. Stop it with Ctrl-C.")
     app.block_thread()
 
 

@@ -111,24 +111,17 @@ def draw_intervals(rows: Sequence[Interval], margin: float, title: str) -> str:
     parts = [
         f'<rect class="margin" x="{x_of(-margin):.1f}" y="{top}" width="{x_of(margin) - x_of(-margin):.1f}" '
         f'height="{bottom - top}"/>',
-        f'<line class="axis" x1="{x_of(0):.1f}" x2="{x_of(0):.1f}" y1="{top}" y2="{bottom}"/>',
+        _line("axis", x_of(0), x_of(0), top, bottom),
         '<text x="16" y="14">worse</text>',
         f'<text x="{WIDTH - 16}" y="14" text-anchor="end">better</text>',
     ]
     for index, row in enumerate(rows):
         y = top + height * index + 30
         parts.append(f'<text x="16" y="{y - 12}">{escape(row.label)}</text>')
-        parts += [
-            f'<line class="seed" x1="{x_of(v):.1f}" x2="{x_of(v):.1f}" y1="{y - 6}" y2="{y + 6}"/>' for v in row.single
-        ]
+        parts += [_line("seed", x_of(value), x_of(value), y - 6, y + 6) for value in row.single]
         if math.isfinite(row.low):
-            parts.append(
-                f'<line class="line s0" x1="{x_of(row.low):.1f}" x2="{x_of(row.high):.1f}" y1="{y}" y2="{y}"/>'
-            )
-            for end in (row.low, row.high):
-                parts.append(
-                    f'<line class="line s0" x1="{x_of(end):.1f}" x2="{x_of(end):.1f}" y1="{y - 6}" y2="{y + 6}"/>'
-                )
+            parts.append(_line("line s0", x_of(row.low), x_of(row.high), y, y))
+            parts += [_line("line s0", x_of(end), x_of(end), y - 6, y + 6) for end in (row.low, row.high)]
         parts.append(f'<circle class="dot" cx="{x_of(row.middle):.1f}" cy="{y}" r="4.5"/>')
     for tick in x_ticks:
         parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{_signed(tick)}</text>')
@@ -212,7 +205,7 @@ def draw_shares(rows: Sequence[Shares], title: str) -> str:
     parts = []
     for decade in decades:
         x = place(10.0**decade)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(_line("grid", x, x, top, bottom))
         if decade % max(1, len(decades) // 5) == 0:
             parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{100 * 10.0**decade:g}%</text>')
     for index, row in enumerate(rows):
@@ -220,7 +213,7 @@ def draw_shares(rows: Sequence[Shares], title: str) -> str:
         effect, noise = place(row.effect), place(row.noise)
         parts += [
             f'<text x="24" y="{y - 10}">{escape(row.label)}</text>',
-            f'<line class="grid" x1="24" x2="{WIDTH - 24}" y1="{y}" y2="{y}"/>',
+            _line("grid", 24, WIDTH - 24, y, y),
             f'<line class="axis" stroke-width="3" x1="{noise:.1f}" x2="{noise:.1f}" y1="{y - 7}" y2="{y + 7}"/>',
             f'<circle class="dot" cx="{effect:.1f}" cy="{y}" r="4.5"/>',
         ]
@@ -263,14 +256,17 @@ def _axes(
     x_of: Callable[[float], float], x_ticks: Sequence[float], y_of: Callable[[float], float], y_ticks: Sequence[float],
     bottom: float, top: float,
 ) -> list[str]:  # fmt: skip
-    parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>',
-             f'<line class="axis" x1="{LEFT}" x2="{LEFT}" y1="{top}" y2="{bottom}"/>']  # fmt: skip
+    parts = [_line("axis", LEFT, WIDTH - RIGHT, bottom, bottom), _line("axis", LEFT, LEFT, top, bottom)]
     for x in x_ticks:
         parts.append(f'<text x="{x_of(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
     for y in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
+        parts.append(_line("grid", LEFT, WIDTH - RIGHT, y_of(y), y_of(y)))
         parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     return parts
+
+
+def _line(kind: str, x1: float, x2: float, y1: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def _svg(parts: Sequence[str], height: float, description: str) -> str:

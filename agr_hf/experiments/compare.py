@@ -198,7 +198,7 @@ def compare(
     _claim(comparison, output)
     database = open_storage(storage or f"sqlite:///{(output / 'trials.db').resolve()}")
     total = len(comparison.cells) * (comparison.seeds + comparison.trials)
-    worker, pool = Worker(output), _Pool(comparison, output, workers, _Progress(workers, say))
+    worker, pool = Worker(output), _Pool(comparison, workers, say)
     try:
         tuned = _search(comparison, output, database, worker, pool)
         queue = comparison.open_trials(database, worker)
@@ -277,25 +277,12 @@ def _claim(comparison: Comparison, output: Path) -> None:
     write_text(mark, json.dumps(own, indent=2) + "\n")
 
 
-class _Progress:
-    """Says which run is done, and how long the others take."""
-
-    def __init__(self, workers: int, say: Callable[[str], None]) -> None:
-        self._workers, self.say = workers, say
-        self._seconds: list[float] = []
-
-    def done(self, name: str, seconds: float, metrics: Mapping[str, Any], in_hand: int) -> None:
-        self._seconds.append(seconds)
-        left = statistics.median(self._seconds) * in_hand / self._workers
-        numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if is_number(value))
-        self.say(f"{name}: {numbers or 'diverged'} ({seconds:.0f} s); {in_hand} left, about {left / 60:.0f} min")
-
-
 class _Pool:
-    """Runs scripts, as many at a time as there are workers."""
+    """Runs scripts, as many at a time as there are workers; says which run is done, and how long the others take."""
 
-    def __init__(self, comparison: Comparison, output: Path, workers: int, progress: _Progress) -> None:
-        self._comparison, self._output, self._workers, self._progress = comparison, output, workers, progress
+    def __init__(self, comparison: Comparison, workers: int, say: Callable[[str], None]) -> None:
+        self._comparison, self._workers, self._say = comparison, workers, say
+        self._seconds: list[float] = []
         self.failed: list[str] = []
 
     def _start(self, taken: Taken, folder: Path, cell: Cell | None) -> tuple[BaseProcess, ScriptRun]:
@@ -312,9 +299,7 @@ class _Pool:
         run = ScriptRun(self._comparison.script, tuple(words), optim, folder / taken.run, threads)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         if run.is_going:
-            self._progress.say(
-                f"{run.folder.parent.name}, {run.folder.name}: a command that was stopped has it in hand; waiting for it"
-            )
+            self._say(f"{run.name}: a command that was stopped has it in hand; waiting for it")
         return run.start(), run
 
     def work(self, trials: Trials, folder: Path, cell: Cell | None = None) -> None:
@@ -370,13 +355,16 @@ class _Pool:
             why = f"the search goes by {key}, and the script's metrics are {', '.join(metrics or {})}: pass one as --metric"
         if why or metrics is None:
             said = run.last_line() if process.exitcode else ""
-            self.failed.append(": ".join([f"{run.folder.parent.name}, {run.folder.name}", why, *[said] * bool(said)]))
-            self.failed[-1] += f" ({run.log})"
+            self.failed.append(f"{': '.join([run.name, why, *[said] * bool(said)])} ({run.log})")
             taken.fail()
-            self._progress.say(self.failed[-1])
+            self._say(self.failed[-1])
             return
         taken.finish(metrics, metrics.get(key))
-        self._progress.done(f"{run.folder.parent.name}, {run.folder.name}", seconds, metrics, trials.in_hand())
+        self._seconds.append(seconds)
+        in_hand = trials.in_hand()
+        left = statistics.median(self._seconds) * in_hand / self._workers
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if is_number(value))
+        self._say(f"{run.name}: {numbers or 'diverged'} ({seconds:.0f} s); {in_hand} left, about {left / 60:.0f} min")
 
 
 def summarize(

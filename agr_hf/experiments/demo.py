@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -68,14 +69,13 @@ def train_once(name: str, seed: int, epochs: int, bar: Any) -> tuple[RunRecord, 
     return run.record("demo", metrics, dataset), model
 
 
-def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], None] = print) -> None:
+def demo(output: Path, seeds: int = 3, epochs: int = 20) -> None:
     """Train, print the tables, and write `table.md`, `results.json`, `curves.png` and `models/` under `output`.
 
     Args:
         output: folder for the results; files of an earlier demo there are replaced.
         seeds: how many seeds, counted from 0, each optimizer runs with. At least 1.
         epochs: passes over the 1,077 training images. At least 1.
-        say: takes the lines for the user.
     """
     output.mkdir(parents=True, exist_ok=True)  # or fail before the training, not after it
     import matplotlib  # noqa: F401
@@ -105,15 +105,15 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20, say: Callable[[str], No
     write_text(output / "table.md", text)
     write_text(output / "results.json", json.dumps({"runs": [asdict(run) for run in runs]}, indent=2) + "\n")
     plot_curves(runs, output / "curves.png")
-    say(f"\n{text}\nWritten to:")
+    print(f"\n{text}\nWritten to:")
     for name in ("table.md", "results.json", "curves.png"):
-        say(f"  {output / name}")
+        print(f"  {output / name}")
     for name in OPTIMIZERS:
-        say(f"  {output / 'models' / name}  (AutoModelForImageClassification.from_pretrained loads it)")
-    say("\nNext:")
-    say("  agr-hf inspect FOLDER_OR_HUB_ID                  would AGR change anything for a model of yours?")
-    say("  agr-hf run your_script.py --optim agr_adamw ...  train it with AdamW(AGR), the script unchanged")
-    say("  agr-hf compare your_script.py --optim adamw_torch agr_adamw --seeds 8 --output comparison   does it help?")
+        print(f"  {output / 'models' / name}  (AutoModelForImageClassification.from_pretrained loads it)")
+    print("\nNext:")
+    print("  agr-hf inspect FOLDER_OR_HUB_ID                  would AGR change anything for a model of yours?")
+    print("  agr-hf run your_script.py --optim agr_adamw ...  train it with AdamW(AGR), the script unchanged")
+    print("  agr-hf compare your_script.py --optim adamw_torch agr_adamw --seeds 8 --output comparison   does it help?")
 
 
 def metric(run: RunRecord, name: str) -> float:
@@ -161,12 +161,11 @@ def plot_curves(runs: Sequence[RunRecord], path: Path) -> None:
     figure.suptitle("Lines: mean of the seeds. Bands: from the lowest seed to the highest.", fontsize=10)
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name in dict.fromkeys(run.optimizer for run in runs):
-            scale = 100 if key == "accuracy" else 1
-            curves = [[_scaled(point[key], scale) for point in run.epochs] for run in runs if run.optimizer == name]
-            columns = list(zip(*curves, strict=True))
-            epochs = range(1, len(columns) + 1)
-            axes.plot(epochs, [statistics.mean(column) for column in columns], label=optimizer_info(name).title)
-            axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2)
+            points = [[point[key] for point in run.epochs] for run in runs if run.optimizer == name]
+            curves = numpy.array(points, float) * (100 if key == "accuracy" else 1)  # None, of no finite number, is NaN
+            epochs = range(1, curves.shape[1] + 1)
+            axes.plot(epochs, curves.mean(0), label=optimizer_info(name).title)
+            axes.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
         axes.set_title(title)
         axes.set_xlabel("epoch")
         if key == "accuracy":
@@ -176,8 +175,3 @@ def plot_curves(runs: Sequence[RunRecord], path: Path) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(OPTIMIZERS))
     with replaced_file(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": "agr_hf"})
-
-
-def _scaled(value: float | None, scale: int) -> float:
-    """A number of an epoch; NaN where it was not finite."""
-    return float("nan") if value is None else scale * value

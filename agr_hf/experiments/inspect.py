@@ -45,6 +45,12 @@ class Layer:
     zeros: float
     log_std: float | None
 
+    @property
+    def cells(self) -> list[str]:
+        """Weights, effect, largest share, noise and zeros, as tables show them."""
+        shares = [f"{self.effect:.1e}", f"{self.largest_share:.1e}", f"{self.noise:.2f}", f"{100 * self.zeros:.0f}%"]
+        return [f"{self.numel:,}", *shares]
+
 
 def measure(model: nn.Module, batches: Iterator[Batch], tick: Callable[[], object] = lambda: None) -> list[Layer]:
     """AGR's effect on each layer that `agr_param_groups` gives it, over some batches; the largest effect first.
@@ -137,10 +143,7 @@ def table(layers: list[Layer], rows: int) -> str:
     lines = [head, "| --- " * 7 + "|"]
     for layer in layers[:rows]:
         spread = "" if layer.log_std is None else f"{layer.log_std:.2f}"
-        lines.append(
-            f"| {layer.name} | {layer.numel:,} | {layer.effect:.1e} | {layer.largest_share:.1e} | {layer.noise:.2f} "
-            f"| {100 * layer.zeros:.0f}% | {spread} |"
-        )
+        lines.append(f"| {' | '.join([layer.name, *layer.cells, spread])} |")
     if len(layers) > rows:
         lines.append(f"| and {len(layers) - rows} more with less effect | | | | | | |")
     return "\n".join(lines)
@@ -172,7 +175,6 @@ def inspect(
     batch_size: int = 8,
     batches: int = 8,
     rows: int = 20,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Measure, print the verdict and the table, and write `inspect.md`, `inspect.json` and `inspect.png`.
 
@@ -183,7 +185,6 @@ def inspect(
         pretrained: pretrained weights for a timm architecture.
         batch_size, batches: how much is measured. At least 2 batches for a noise.
         rows: layers in the printed table, those with the largest effect first; the JSON has all.
-        say: takes the lines for the user.
     """
     from tqdm.auto import tqdm
 
@@ -219,9 +220,9 @@ def inspect(
     if find_spec("matplotlib") is not None:
         plot(layers, title, output / "inspect.png")
         written.append("inspect.png")
-    say("\n" + text)
-    say("Written to:")
+    print("\n" + text)
+    print("Written to:")
     for file in written:
-        say(f"  {output / file}")
+        print(f"  {output / file}")
     if len(written) == 2:
-        say("There is no picture without matplotlib: pip install matplotlib")
+        print("There is no picture without matplotlib: pip install matplotlib")

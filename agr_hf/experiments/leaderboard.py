@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agr_hf.errors import UserError
 from agr_hf.experiments.paired import give_verdicts, pair_metric
-from agr_hf.experiments.report import sentences
+from agr_hf.experiments.report import sentences, spread
 from agr_hf.hub.cards import find_task, shown_metrics
 from agr_hf.hub.download import published_record
 from agr_hf.optim.registry import OPTIMIZERS
@@ -121,9 +121,7 @@ def leaderboard(runs: Iterable[RunRecord]) -> str:
     for row in sorted(rows, key=_order):
         group, values, run = row.runs, row.values, row.runs[0]
         info = OPTIMIZERS.get(run.optimizer)
-        value = f"{statistics.mean(values):.4g}" if values else "–"
-        if len(values) > 1:
-            value += f" ± {statistics.stdev(values):.2g}"
+        value = spread(values) if values else "–"
         if len(values) < len(group):
             value += f" ({len(values)} of {len(group)} runs)"
         seconds = [one.seconds for one in group if one.seconds is not None]

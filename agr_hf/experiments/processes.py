@@ -26,6 +26,15 @@ PRELOADED = """
 """.split()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file."""
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @dataclass(frozen=True)
 class ScriptRun:
     """A script, and where what it leaves is found.
@@ -45,6 +54,10 @@ class ScriptRun:
     threads: int
 
     @property
+    def name(self) -> str:
+        return f"{self.folder.parent.name}, {self.folder.name}"
+
+    @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
@@ -56,11 +69,7 @@ class ScriptRun:
     @property
     def is_going(self) -> bool:
         """Whether a process has it in hand: that of a command that was killed goes on to its end."""
-        try:
-            with FileLock(self._lock, timeout=0):
-                return False
-        except Timeout:
-            return True
+        return is_locked(self._lock)
 
     @property
     def _lock(self) -> Path:

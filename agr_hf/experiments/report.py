@@ -124,14 +124,11 @@ def interval_words(row: Mapping[str, Any]) -> str:
 
 def method(found: Mapping[str, Any]) -> str:
     """How the numbers came about, for readers of the report."""
-    smaller, larger = (
-        [
-            words(key)
-            for key in dict.fromkeys(row["metric"] for row in found["comparisons"] if row["lower_is_better"] == low)
-        ]
-        for low in (True, False)
-    )
-    better = [f"{name} is better: {', '.join(of)}" for name, of in (("smaller", smaller), ("larger", larger)) if of]
+    better = []
+    for name, low in (("smaller", True), ("larger", False)):
+        metrics = dict.fromkeys(words(row["metric"]) for row in found["comparisons"] if row["lower_is_better"] == low)
+        if metrics:
+            better.append(f"{name} is better: {', '.join(metrics)}")
     return (
         "Differences are within each seed (the same initial weights, data and order), and positive where the optimizer is "
         f"better than the baseline ({'; '.join(better)}); 95% intervals by Student's t. Verdicts hold at 5% for the whole "
@@ -156,13 +153,8 @@ def conditions(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _command(found: Mapping[str, Any]) -> list[str]:
     """What makes the comparison, with DIR for its folder."""
-    command = [
-        "agr-hf",
-        "compare",
-        found["task"],
-        "--optim",
-        *dict.fromkeys(cell["optimizer"] for cell in found["cells"]),
-    ]
+    optimizers = dict.fromkeys(cell["optimizer"] for cell in found["cells"])
+    command = ["agr-hf", "compare", found["task"], "--optim", *optimizers]
     for key in dict.fromkeys(key for cell in found["cells"] for key in cell["settings"]):
         command += ["--set", f"{key}={','.join(dict.fromkeys(str(cell['settings'][key]) for cell in found['cells']))}"]
     for of in (found.get("search") or {}).get("search", []):
@@ -174,16 +166,10 @@ def _command(found: Mapping[str, Any]) -> list[str]:
         command += ["--baseline", found["baseline"]]
     if found.get("metric"):
         command += ["--metric", found["metric"]]
-    margin = [] if found["margin"] == 0.2 else ["--margin", f"{found['margin']:g}"]
-    return [
-        *command,
-        *margin,
-        "--seeds",
-        str(found["seeds"]),
-        "--output",
-        "DIR",
-        *(["--", *found["arguments"]] if found["arguments"] else []),
-    ]
+    if found["margin"] != 0.2:
+        command += ["--margin", f"{found['margin']:g}"]
+    command += ["--seeds", str(found["seeds"]), "--output", "DIR"]
+    return [*command, "--", *found["arguments"]] if found["arguments"] else command
 
 
 def html_report(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -220,14 +206,15 @@ def _part(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
-    own, other = (_spread(row[key]) + row["unit"] for key in ("values", "baseline_values"))
+    own, other = (spread(row[key]) + row["unit"] for key in ("values", "baseline_values"))
     return {
         "optimizer": label(row), "metric": words(row["metric"]), "n": str(row["n"]), "mean": own, "baseline": other,
         "difference": f"{row['difference']:+.3g}", "interval": interval_words(row), "verdict": row["verdict"],
     }  # fmt: skip
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Their mean, and the standard deviation where there are several."""
     mean = f"{statistics.mean(values):.4g}"
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
@@ -256,11 +243,8 @@ def _curves(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Training and test curves: a chart for each number that every epoch of every run has."""
     runs = {name: [run["epochs"] for run in of if run["epochs"]] for name, of in found["runs"].items()}
     runs = {name: of for name, of in runs.items() if of}
-    keys = (
-        [k for k, v in next(iter(runs.values()))[0][0].items() if k not in ("epoch", "step") and is_number(v)]
-        if runs
-        else []
-    )
+    first = next(iter(runs.values()))[0][0] if runs else {}
+    keys = [key for key, value in first.items() if key not in ("epoch", "step") and is_number(value)]
     charts = []
     for key in keys:
         series = []

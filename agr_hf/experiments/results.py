@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: see agr_hf/schema.py.
 import json
-import math
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -131,12 +130,9 @@ def _check_numbers(rows: list[dict[str, Any]]) -> None:
         values = [*row["values"], *row["baseline_values"]]
         if not values or len(row["values"]) != len(row["baseline_values"]):
             raise ValueError("a comparison needs a value of both optimizers for each seed")
-        if row["margin"] <= 0 or not all(map(is_number, [*values, *[end for end in ends if not _is_nan(end)]])):
+        known = [end for end in ends if end == end]  # NaN is an interval that there is not
+        if row["margin"] <= 0 or not all(map(is_number, [*values, *known])):
             raise ValueError("a comparison has numbers that are none")
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

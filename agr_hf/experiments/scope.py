@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agr_hf.optim.flags import agr_flags
+
 
 class ScopedAGRAdamW(torch.optim.Optimizer):
     """AdamW(AGR), with Psi over rows or blocks: the first moment of Psi(g), the second of g.
@@ -45,14 +47,11 @@ class ScopedAGRAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
-            flags = group["agr"] if isinstance(group["agr"], list) else [group["agr"]] * len(group["params"])
             beta1, beta2 = group["betas"]
-            for param, flag in zip(group["params"], flags, strict=True):
+            for param, flag in zip(group["params"], agr_flags(group), strict=True):
                 if param.grad is None:
                     continue
                 state = self.state[param]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
 from agr_hf.errors import UserError
+from agr_hf.experiments.processes import is_locked
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -136,13 +137,7 @@ class Worker:
     def is_dead(self, name: str) -> bool:
         """Whether a worker of this folder ended, and left its file. False for those of other disks."""
         path = self._folder / name
-        if name == self.name or not path.exists():
-            return False
-        try:
-            with FileLock(path, timeout=0):
-                return True
-        except Timeout:
-            return False
+        return name != self.name and path.exists() and not is_locked(path)
 
     def end(self) -> None:
         self._lock.release()
@@ -171,13 +166,8 @@ class Trials:
         ranges: Sequence[Range] = (),
         budget: int = 0,
     ) -> None:
-        self._storage, self._worker, self._maximize, self._ranges, self._budget = (
-            storage,
-            worker,
-            maximize,
-            ranges,
-            budget,
-        )
+        self._storage, self._worker = storage, worker
+        self._maximize, self._ranges, self._budget = maximize, ranges, budget
         self.failed = 0  # here, by the script's own fault
         with warnings.catch_warnings():
             # Workers on many trials at once: TPE then takes those in hand for bad ones, and looks elsewhere.
@@ -210,18 +200,15 @@ class Trials:
     def take(self) -> Taken | None:
         """A trial that is now this worker's; None where there is none to take."""
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # experimental, and known from Study.optimize; here runs are asked for one by one
+            # Experimental, and known from Study.optimize; here runs are asked for one by one.
+            warnings.simplefilter("ignore")
             fail_stale_trials(self._study)
             self._take_from_the_dead()
             return self._take()
 
     def _take_from_the_dead(self) -> None:
         """Queue again what workers had in hand that are known to have ended, or that ended before they said who they are."""
-        for trial in self._trials():
-            if trial.state != TrialState.RUNNING:
-                continue
+        for trial in self._trials(TrialState.RUNNING):
             worker, began = trial.user_attrs.get("worker"), trial.datetime_start
             nobody = worker is None and began is not None and (datetime.now() - began).total_seconds() > SILENT
             if nobody or (worker and self._worker.is_dead(worker)):
@@ -265,23 +252,21 @@ class Trials:
 
     def in_hand(self) -> int:
         """How many runs some worker has, or will have."""
-        return sum(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in self._trials())
+        return len(self._trials(TrialState.RUNNING, TrialState.WAITING))
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """Of each run that is done."""
-        return {trial.user_attrs["run"]: trial.user_attrs["metrics"] for trial in self._complete()}
+        return {trial.user_attrs["run"]: trial.user_attrs["metrics"] for trial in self._trials(TrialState.COMPLETE)}
 
     def best(self) -> dict[str, float]:
         """The searched arguments of the best among the first trials, as many as the budget has."""
         sign = -1 if self._maximize else 1
-        found: dict[str, float] = min(self._complete()[: self._budget], key=lambda t: sign * (t.value or 0.0)).params
-        return found
+        first = self._trials(TrialState.COMPLETE)[: self._budget]
+        return min(first, key=lambda t: sign * (t.value or 0.0)).params
 
-    def _complete(self) -> list[optuna.trial.FrozenTrial]:
-        return [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
-
-    def _trials(self) -> list[optuna.trial.FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+    def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        """Those in one of some states, or all."""
+        return self._study.get_trials(deepcopy=False, states=states or None)
 
 
 @dataclass(frozen=True, eq=False)

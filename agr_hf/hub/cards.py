@@ -166,18 +166,7 @@ def model_card(
         measurements=gradients.get("measurements"),
         layers=layers[:LAYERS_SHOWN],
         hidden=max(len(layers) - LAYERS_SHOWN, 0),
-        groups=[
-            {
-                "tensors": group["tensors"],
-                "parameters": group["parameters"],
-                "options": [
-                    (key, value)
-                    for key, value in group.items()
-                    if value is not None and key not in ("tensors", "parameters")
-                ],
-            }
-            for group in run.optimizer_groups
-        ],
+        groups=run.optimizer_groups,
         command=one_line(run.command).replace("```", "` ` `"),
         repo_id=repo_id,
         resumable=resumable,
@@ -201,7 +190,7 @@ def _own_task(run: RunRecord) -> Task:
     cls, base = config.get("model_class"), config.get("base_model")
     cls = cls if cls and re.fullmatch(r"[A-Za-z_]\w*", cls) else None
     loaded = "{repo_id}"
-    if config.get("library") == "peft" and cls and base and HUB_ID.fullmatch(base):
+    if config.get("library") == "peft" and cls and _hub_id(base):
         usage = (
             f"from peft import PeftModel\nfrom transformers import {cls}\n\n"
             f'model = PeftModel.from_pretrained({cls}.from_pretrained("{base}"), {loaded})'
@@ -218,15 +207,19 @@ def _own_task(run: RunRecord) -> Task:
     labels = {name: name.replace("_", " ") for name in names} | {"loss": "Evaluation loss"}
     if "loss" not in run.metrics:
         labels["train_loss"] = "Training loss"
-    known = run.task != "other" and HUB_ID.fullmatch(run.task)
     return Task(
         what=f"A {cls}" if cls else "A model",
         library=config.get("library") if config.get("library") in ("transformers", "peft") else None,
-        pipeline=run.task if known else None,
+        pipeline=_hub_id(run.task) if run.task != "other" else None,
         split="evaluation",
         metrics=labels,
         usage=usage,
     )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """A name that the Hub takes; None in the place of another."""
+    return name if name and HUB_ID.fullmatch(name) else None
 
 
 def title(run: RunRecord) -> str:
@@ -243,8 +236,7 @@ def metadata(run: RunRecord, repo_id: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     task, dataset = find_task(run), run.dataset
-    hub_id = dataset.get("hub_id")
-    hub_id = hub_id if hub_id and HUB_ID.fullmatch(hub_id) else None
+    hub_id = _hub_id(dataset.get("hub_id"))
     name = one_line(dataset.get("name") or "unknown")
     evaluations = [
         EvalResult(
@@ -261,15 +253,14 @@ def metadata(run: RunRecord, repo_id: str) -> str:
         for key, label, value in shown_metrics(task, run.metrics)
         if key != "train_loss" and (key != "loss" or task.split != "train")  # a training loss evaluates nothing
     ]
-    base = run.config.get("base_model")
     data = ModelCardData(
         library_name=task.library,
         # Hub and pipeline() show every picture in RGB, which a grey model does not take.
         pipeline_tag=task.pipeline if run.config.get("channels") != 1 or task.library == "diffusers" else None,
-        tags=[tag for tag in ("agr-hf", run.optimizer, run.task) if HUB_ID.fullmatch(tag)],
+        tags=[tag for tag in ("agr-hf", run.optimizer, run.task) if _hub_id(tag)],
         datasets=[hub_id] if hub_id else None,
         metrics=[evaluation.metric_type for evaluation in evaluations if evaluation.metric_type != "loss"] or None,
-        base_model=base if base and HUB_ID.fullmatch(base) else None,
+        base_model=_hub_id(run.config.get("base_model")),
         model_name=repo_id.split("/")[-1] if evaluations else None,
         eval_results=evaluations or None,
     )
@@ -287,8 +278,8 @@ def evaluation_file(run: RunRecord) -> str | None:
 
     task, dataset = find_task(run), run.dataset
     shown = [entry for entry in shown_metrics(task, run.metrics) if entry[0] in task.metrics and entry[0] != "loss"]
-    hub_id = dataset.get("hub_id")
-    if not hub_id or not HUB_ID.fullmatch(hub_id) or not shown or not dataset.get("complete"):
+    hub_id = _hub_id(dataset.get("hub_id"))
+    if not hub_id or not shown or not dataset.get("complete"):
         return None
     samples = run.metrics.get("samples")
     if run.task == "ddpm" and not (isinstance(samples, int) and samples >= SAMPLES):

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,17 @@ def push_run(
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision not in (None, "main") and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return _commit(api, repo_id, contents, revision, create_pr, title, digest, repeated=number > 0)
+            # The answer to the last attempt was lost, but perhaps not its effect.
+            opened = _find_pull_request(api, repo_id, title, digest) if create_pr and number > 0 else None
+            if opened:
+                return opened
+            # What the deletions are worked out from must be what the commit is put upon: the Hub refuses it otherwise.
+            parent = api.repo_info(repo_id, revision=revision).sha
+            commit = api.create_commit(
+                repo_id, _operations(contents, api.list_repo_files(repo_id, revision=parent)), commit_message=title,
+                commit_description=f"Contents {digest}", revision=revision, create_pr=create_pr, parent_commit=parent,
+            )  # fmt: skip
+            return commit.pr_url or commit.commit_url
 
         return retry(f"{repo_id} was not pushed", attempt, afterwards=UNCHANGED)
 
@@ -144,66 +154,41 @@ def prepare(
         compared=all(name in contents for name in REPORT),
         resumable=any(name.startswith(f"{FOLDER}/") for name in contents),
     )
-    contents["README.md"] = card.encode()
-    evaluation = evaluation_file(run)
-    if evaluation:
-        contents[".eval_results/agr_hf.yaml"] = evaluation.encode()
-    for name in ("README.md", ".eval_results/agr_hf.yaml"):
-        if name in contents:
-            refuse_secrets(name, contents[name])  # type: ignore[arg-type]
+    for name, text in (("README.md", card), (".eval_results/agr_hf.yaml", evaluation_file(run))):
+        if text:
+            refuse_secrets(name, text.encode())
+            contents[name] = text.encode()
     return contents
 
 
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    contents: Mapping[str, bytes | Path],
-    revision: str | None,
-    create_pr: bool,
-    message: str,
-    digest: str,
-    repeated: bool,
-) -> str:
+def _find_pull_request(api: HfApi, repo_id: str, title: str, digest: str) -> str | None:
+    """The URL of an open pull request with the same title and contents."""
+    for discussion in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
+        if discussion.title == title:
+            head = api.list_repo_commits(repo_id, revision=discussion.git_reference)[0]
+            if digest in head.message:
+                return discussion.url
+    return None
+
+
+def _operations(contents: Mapping[str, bytes | Path], there: Sequence[str]) -> list[Any]:
+    """What makes the files that are there those of a push."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    if create_pr and repeated:
-        # The answer to the last attempt was lost, but perhaps not its effect.
-        for discussion in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
-            if discussion.title == message:
-                head = api.list_repo_commits(repo_id, revision=discussion.git_reference)[0]
-                if digest in head.message:
-                    return discussion.url
-    # What the deletions are worked out from must be what the commit is put upon: the Hub refuses it otherwise.
-    parent = api.repo_info(repo_id, revision=revision).sha
-    there = api.list_repo_files(repo_id, revision=parent)
-    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    operations += [
-        CommitOperationDelete(name, is_folder=False)
-        for name in there
-        if name not in contents and is_replaced(name, of_a_run="results.json" in there)
+    replaced = [name for name in there if name not in contents and is_replaced(name, of_a_run="results.json" in there)]
+    return [
+        *[CommitOperationAdd(name, content) for name, content in contents.items()],
+        *[CommitOperationDelete(name, is_folder=False) for name in replaced],
     ]
-    commit = api.create_commit(
-        repo_id,
-        operations,
-        commit_message=message,
-        commit_description=f"Contents {digest}",
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=parent,
-    )
-    return commit.pr_url or commit.commit_url
 
 
 def _digest(contents: Mapping[str, bytes | Path]) -> str:
     """A fingerprint of the files of a push."""
-    total = hashlib.sha256()
-    for name, content in sorted(contents.items()):
-        with open(content, "rb") if isinstance(content, Path) else tempfile.SpooledTemporaryFile() as file:
-            if isinstance(content, bytes):
-                file.write(content)
-                file.seek(0)
-            total.update(json.dumps([name, hashlib.file_digest(file, "sha256").hexdigest()]).encode())
-    return total.hexdigest()[:16]
+    from huggingface_hub import CommitOperationAdd
+
+    files = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+    words = json.dumps([[file.path_in_repo, file.upload_info.sha256.hex()] for file in files])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def check_place(repo_id: str, revision: str | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
+from accelerate.utils import load
 from huggingface_hub.errors import StrictDataclassError
 
 from agr_hf import unpickled
@@ -82,9 +83,8 @@ def export_checkpoint(checkpoint: str | os.PathLike[str], folder: str | os.PathL
         if path.suffix not in PICKLES:
             continue
         try:
-            with torch.serialization.safe_globals(_numpy_globals()):
-                value = torch.load(path, map_location="cpu", weights_only=True)
-            unpickled.save(value, folder / path.name)
+            # Tensors, plain values and numpy's arrays, which random states hold; no other class.
+            unpickled.save(load(path, map_location="cpu", weights_only=True), folder / path.name)
         except Exception as error:  # an unpickler raises whatever the file makes it raise
             reason = str(error).splitlines()[0]
             raise UserError(f"{checkpoint.name}/{path.name} cannot be written without pickle: {reason}") from None
@@ -153,10 +153,3 @@ def _check_trainer_state(path: Path) -> None:
         raise UserError(f"{path.name} is no state of a Trainer: {find_reason(error)}") from None
     if any(steps is not None and steps <= 0 for steps in (state.logging_steps, state.eval_steps, state.save_steps)):
         raise UserError(f"{path.name} is no state of a Trainer: it logs, evaluates or saves every 0 steps")
-
-
-def _numpy_globals() -> list[Any]:
-    """What numpy's arrays are made of: random states hold some."""
-    import numpy as np
-
-    return [np.zeros(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]

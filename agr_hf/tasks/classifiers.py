@@ -53,15 +53,13 @@ def _small_image_entry(name: str) -> Any:
 
         _refuse_pretrained(pretrained, entry.__name__)
         in_chans = kwargs.get("in_chans", 3)
+        model: Any = timm.create_model(name, **kwargs)
         if name.startswith("vgg"):
             # Two hidden layers of 4096 as published; the 7x7 kernel in front of them becomes 1x1: 32x32 pixels leave 1x1.
-            model: Any = timm.create_model(name, **kwargs)
             old = model.pre_logits.fc1
             model.pre_logits.fc1 = nn.Conv2d(old.in_channels, old.out_channels, 1)
             model.pre_logits.input_kernel_size = 1
-            return model
-        model = timm.create_model(name, **kwargs)
-        if name.startswith("resnet"):
+        elif name.startswith("resnet"):
             model.conv1 = _stem(in_chans, model.conv1.out_channels)
             model.maxpool = nn.Identity()
         else:
@@ -104,8 +102,7 @@ class MLP(nn.Module):
         self.head = nn.Linear(sizes[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.layers(x.flatten(1)))
-        return logits
+        return self.head(self.layers(x.flatten(1)))
 
 
 def agr_hf_mlp(pretrained: bool = False, **kwargs: Any) -> MLP:
@@ -188,18 +185,18 @@ def classifier(
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+    classes: dict[str, Any] = {
+        "num_labels": len(labels), "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }  # fmt: skip
     if name == "vit-micro":
-        patch, ids = (2 if size < 16 else 4), dict(enumerate(labels))
-        return digits_model(image_size=size, patch_size=patch, num_channels=channels, num_labels=len(labels), id2label=ids,
-                            label2id={label: i for i, label in ids.items()})  # fmt: skip
+        return digits_model(image_size=size, patch_size=2 if size < 16 else 4, num_channels=channels, **classes)
     timm_name, arguments = architecture(name, size, channels)
     make_config: Any = TimmWrapperConfig  # its fields are wider than its signature
     config = make_config(
         architecture=timm_name,
         model_args=arguments,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
+        **classes,
         # What the image processor does: nothing but to normalise, as in evaluation; timm's default cuts 1/8 off.
         pretrained_cfg={
             "input_size": [channels, size, size],
@@ -209,10 +206,9 @@ def classifier(
             "interpolation": "bilinear",
         },
     )
-    state = torch.random.get_rng_state()
-    model = TimmWrapperForImageClassification(config)
     # The wrapper's own draws must not decide what a seed means.
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        model = TimmWrapperForImageClassification(config)
     own = timm.create_model(timm_name, num_classes=len(labels), **arguments)
     model.timm_model.load_state_dict(own.state_dict())
     return model

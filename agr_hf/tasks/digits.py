@@ -20,6 +20,11 @@ class Images(Dataset[dict[str, Tensor]]):
     pixel_values: Tensor
     labels: Tensor
 
+    @property
+    def encoded(self) -> Tensor:
+        """The images as pictures keep them: uint8, from 0 to 255."""
+        return ((self.pixel_values + 1) * 127.5).round().to(torch.uint8)
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from agr_hf.errors import UserError
 from agr_hf.files import replaced_file
@@ -159,7 +160,6 @@ def image_statistics(
     images: Tensor,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Statistics:
     """Statistics of images (n, channels, height, width) in uint8, computed once for the same images and network.
@@ -169,7 +169,6 @@ def image_statistics(
         images: at least 2.
         cache_dir: a folder to keep them in, under a name made of the network's weights and the images' pixels; a damaged
             file is computed again. Default: none.
-        batch_size: images at a time.
         device: of the network.
     """
     path, identity = None, f"{network.identity} {tuple(images.shape)} {_digest(images)}"
@@ -181,7 +180,7 @@ def image_statistics(
                 return load_statistics(path, identity)
             except ValueError as error:
                 logger.warning("%s; they are computed again", error)
-    statistics = compute_statistics(image_features(network, images, batch_size=batch_size, device=device))
+    statistics = compute_statistics(image_features(network, images, device=device))
     if path is not None:
         save_statistics(statistics, path, identity)
     return statistics
@@ -233,7 +232,6 @@ def inception_metrics(
     references: Tensor,
     *,
     cache_dir: str | os.PathLike[str],
-    batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """FID and Inception Score through torch-fidelity, whose Inception is that of the papers, bilinear resizing included.
@@ -242,7 +240,6 @@ def inception_metrics(
         samples, references: (n, 1 or 3, height, width) in uint8; grey images are shown to Inception in three channels. The
             papers take 50,000 samples and all training images; fewer samples give a larger FID.
         cache_dir: where torch-fidelity keeps the references' statistics.
-        batch_size: images at a time.
         device: of Inception.
 
     Returns:
@@ -254,18 +251,20 @@ def inception_metrics(
     inception_weights()
     import torch_fidelity
 
-    def colour(images: Tensor) -> Tensor:
-        return images.expand(-1, 3, -1, -1)
+    def rows(images: Tensor) -> Subset[Any]:
+        """A data set of images in colour: torch-fidelity takes no tensor."""
+        images = images.expand(-1, 3, -1, -1)
+        return Subset(images, range(len(images)))  # type: ignore[arg-type]
 
     metrics = torch_fidelity.calculate_metrics(
-        input1=_Rows(colour(samples)),
-        input2=_Rows(colour(references)),
+        input1=rows(samples),
+        input2=rows(references),
         input2_cache_name=f"references-{_digest(references)[:16]}",
         cache_root=os.fspath(cache_dir),
         fid=True,
         isc=True,
         cuda=torch.device(device).type == "cuda",
-        batch_size=batch_size,
+        batch_size=64,
         verbose=False,
     )
     return {
@@ -273,19 +272,6 @@ def inception_metrics(
         "inception_score": float(metrics["inception_score_mean"]),
         "inception_score_std": float(metrics["inception_score_std"]),
     }
-
-
-class _Rows(torch.utils.data.Dataset[Tensor]):
-    """torch-fidelity takes a data set whose items are uint8 images, and no tensor."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -312,8 +298,7 @@ class _Normalized(nn.Module):
         if self.size is not None and images.shape[-1] != self.size:
             size = (self.size, self.size)
             images = nn.functional.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-        features: Tensor = self.network((images - self.mean) / self.std)
-        return features
+        return self.network((images - self.mean) / self.std)
 
 
 def _timm_network(model: str) -> nn.Module:
@@ -331,22 +316,15 @@ def _timm_network(model: str) -> nn.Module:
     return _Normalized(network, config["input_size"][-1], config["mean"], config["std"])
 
 
-class _Block(nn.Module):
+def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
     """Two 3x3 convolutions, and a shortcut without parameters (He et al., option A)."""
+    from torchvision.models.resnet import BasicBlock
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.missing = stride, outputs - inputs
+    def shortcut(x: Tensor) -> Tensor:
+        half = (outputs - inputs) // 2
+        return nn.functional.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, half, half))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        half = self.missing // 2
-        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
-        return (y + shortcut).relu()
+    return BasicBlock(inputs, outputs, stride, downsample=shortcut)
 
 
 class _ResNet20(nn.Module):
@@ -356,9 +334,9 @@ class _ResNet20(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(_Block(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(_Block(16, 32, 2), _Block(32, 32, 1), _Block(32, 32, 1))
-        self.layer3 = nn.Sequential(_Block(32, 64, 2), _Block(64, 64, 1), _Block(64, 64, 1))
+        self.layer1 = nn.Sequential(*(_block(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(_block(16, 32, 2), _block(32, 32, 1), _block(32, 32, 1))
+        self.layer3 = nn.Sequential(_block(32, 64, 2), _block(64, 64, 1), _block(64, 64, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))

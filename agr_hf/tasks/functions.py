@@ -11,6 +11,8 @@ from torch import Tensor
 
 from agr_hf.optim.registry import create_optimizer
 
+FARTHEST = 1e6  # what a run that left the numbers counts as: an infinite value would be a failed trial to Optuna
+
 
 @dataclass(frozen=True)
 class TestFunction:
@@ -74,6 +76,23 @@ def trajectory(function: TestFunction, optimizer: str, lr: float, steps: int) ->
         made.step()
         points.append(point.detach().clone())
     return torch.stack(points)
+
+
+def search_rate(
+    function: TestFunction, optimizer: str, steps: int, trials: int, *, lowest: float = 1e-4, highest: float = 2.0,
+    seed: int = 0,
+) -> float:  # fmt: skip
+    """The learning rate between two ends whose trajectory ends nearest to the minimum, by Optuna's TPE."""
+    import optuna
+
+    def objective(trial: optuna.Trial) -> float:
+        lr = trial.suggest_float("lr", lowest, highest, log=True)
+        return min(squared_distance(function, trajectory(function, optimizer, lr, steps)), FARTHEST)
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, n_trials=trials)
+    return float(study.best_params["lr"])
 
 
 def sample_heights(function: TestFunction, count: int) -> tuple[Tensor, Tensor, Tensor]:

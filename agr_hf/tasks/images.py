@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +132,9 @@ class ImageRows(EpochData, Dataset[dict[str, Any]]):
         if self.seed is None:
             return self.transform(self.images[index])
         # torchvision draws from torch's global state, which is the training's.
-        state = torch.get_rng_state()
-        try:
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index % len(self)))
             return self.transform(self.images[index])
-        finally:
-            torch.set_rng_state(state)
 
 
 def load_images(
@@ -207,9 +203,11 @@ def load_images(
                 f"the {what} set of {name!r} has labels from {int(labels.min())} to {int(labels.max())}, but "
                 f"{len(names)} classes; labels must count from 0"
             )
-    mean = source.mean if source else (0.485, 0.456, 0.406)
-    std = source.std if source else (0.229, 0.224, 0.225)
-    return _image_data(train, test, size, channels, names, mean, std, augmentation, test_split, test_count, seed)
+    return _image_data(
+        train, test, augmentation, seed, size=size, channels=channels, labels=names, test_split=test_split,
+        test_rows=test_count, mean=source.mean if source else (0.485, 0.456, 0.406),
+        std=source.std if source else (0.229, 0.224, 0.225),
+    )  # fmt: skip
 
 
 def _own_size(rows: Any) -> int:
@@ -226,47 +224,23 @@ def _own_size(rows: Any) -> int:
 
 def _digits(augmentation: str, max_train: int | None, max_test: int | None, seed: int) -> ImageData:
     splits = load_digits()
-    images = {n: ((s.pixel_values + 1) * 127.5).round().to(torch.uint8) for n, s in splits.items()}
-    train = images["train"][:max_train], splits["train"].labels[:max_train]
-    test = images["test"][:max_test], splits["test"].labels[:max_test]
+    train, test = splits["train"], splits["test"]
     return _image_data(
-        train,
-        test,
-        8,
-        1,
-        [str(i) for i in range(10)],
-        (0.3053,),
-        (0.3761,),
-        augmentation,
-        "test",
-        len(images["test"]),
-        seed,
-    )
+        (train.encoded[:max_train], train.labels[:max_train]), (test.encoded[:max_test], test.labels[:max_test]),
+        augmentation, seed, size=8, channels=1, labels=[str(i) for i in range(10)], mean=(0.3053,), std=(0.3761,),
+        test_split="test", test_rows=len(test),
+    )  # fmt: skip
 
 
 def _image_data(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    size: int,
-    channels: int,
-    names: list[str],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augmentation: str,
-    test_split: str,
-    test_rows: int,
-    seed: int,
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], augmentation: str, seed: int, **facts: Any
 ) -> ImageData:
+    """The data sets of images and labels; `facts` are the other fields of `ImageData`."""
+    size, mean, std = facts["size"], facts["mean"], facts["std"]
     return ImageData(
         ImageRows(*train, make_transform(size, mean, std, augmentation), None if augmentation == "none" else seed),
         ImageRows(*test, make_transform(size, mean, std, "none")),
-        size,
-        channels,
-        names,
-        mean,
-        std,
-        test_split,
-        test_rows,
+        **facts,
     )
 
 
@@ -282,8 +256,7 @@ def make_transform(
     if augmentation == "rand-augment":
         steps.append(v2.RandAugment())
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    compose: Callable[[Tensor], Tensor] = v2.Compose(steps)
-    return compose
+    return v2.Compose(steps)
 
 
 def _rows(name: str, source: ImageSource | None, train_file: str | None, test_file: str | None) -> tuple[Any, Any, str]:
@@ -310,11 +283,8 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
             "train_file and test_file (parquet files with image and label), a folder with train and test in it, or "
             "'digits'"
         ) from error
-    splits = (
-        source.splits
-        if source
-        else ("train", next((s for s in ("test", "validation", "valid") if s in loaded), "test"))
-    )
+    found = next((split for split in ("test", "validation", "valid") if split in loaded), "test")
+    splits = source.splits if source else ("train", found)
     missing = [split for split in splits if split not in loaded]
     if missing:
         raise UserError(f"the data set {name!r} has the splits {', '.join(loaded)}; {', '.join(missing)} is needed")
@@ -323,8 +293,8 @@ def _rows(name: str, source: ImageSource | None, train_file: str | None, test_fi
 
 def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, what: str) -> tuple[Tensor, Tensor]:
     """All images as one uint8 tensor (n, channels, size, size), and their labels; unreadable ones left out, and named."""
-    import numpy
     from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     image_column, label_column = find_image_column(rows), find_label_column(rows, source.label if source else None)
     if image_column is None or label_column is None:
@@ -332,15 +302,12 @@ def _decoded(rows: Any, source: ImageSource | None, size: int, channels: int, wh
     images, labels, broken = [], [], []
     for i, (content, label) in enumerate(zip(read_encoded(rows, image_column), rows[label_column], strict=True)):
         try:
-            picture = open_image(content)
-            picture = picture.convert("L" if channels == 1 else "RGB")
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.BILINEAR)
-            array = numpy.asarray(picture)
+            picture = open_image(content).convert("L" if channels == 1 else "RGB")
+            image = pil_to_tensor(picture.resize((size, size), Image.Resampling.BILINEAR))
         except (OSError, ValueError, SyntaxError) as error:
             broken.append(f"row {i} ({type(error).__name__})")
             continue
-        images.append(torch.from_numpy(array.copy()).reshape(size, size, channels).permute(2, 0, 1))
+        images.append(image)
         labels.append(label)
     warn_of_broken(broken, len(rows), f"the {what} set")
     stacked = torch.stack(images).contiguous() if images else torch.empty(0, channels, size, size, dtype=torch.uint8)
@@ -355,7 +322,7 @@ def _label_names(rows: Any, source: ImageSource | None, labels: Tensor) -> list[
     if isinstance(feature, datasets.ClassLabel) and (source is None or feature.num_classes == source.classes):
         return list(feature.names)
     if source:
-        found = len(Counter(labels.tolist()))
+        found = len(labels.unique())
         if found != source.classes:
             logger.warning("%d of the %d classes of this data set have training images", found, source.classes)
         return [str(i) for i in range(source.classes)]

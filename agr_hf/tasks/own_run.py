@@ -77,26 +77,24 @@ def write_own_record(
     dataset["name"] = dataset.get("name") or f"the data of {script.removeprefix('-m ')}"
     # The arguments of a run need not be those of its optimizer, which the script may have made itself.
     largest = max(groups, key=lambda group: group["parameters"])
+    left_out = ("lr", "tensors", "parameters")
     facts = {
         **describe_model(model),
-        **{
-            key: value
-            for key, value in largest.items()
-            if value is not None and key not in ("lr", "tensors", "parameters")
-        },
+        **{key: value for key, value in largest.items() if value is not None and key not in left_out},
         "optim": optimizer_name(optimizer),
         "learning_rate": largest["lr"],
         "weight_decay": max(group.get("weight_decay", 0.0) for group in groups),
     }
-    attached = has_agr(optimizer) and "agr" not in optimizer.defaults
+    if has_agr(optimizer) and "agr" not in optimizer.defaults:
+        facts["agr_attached"] = True
     try:
         make_record(
             script=script,
             own_script=True,
             arguments=arguments,
-            config={**config, **facts, **({"agr_attached": True} if attached else {})},
+            config={**config, **facts},
             task=task_of_model(model),
-            optimizer=optimizer_name(optimizer),
+            optimizer=facts["optim"],
             optimizer_groups=groups,
             metrics=flatten_metrics(metrics),
             dataset=dataset,
@@ -193,15 +191,12 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     base = str(getattr(getattr(adapted, "config", None), "_name_or_path", "") or "")
     cls = type(adapted)
     base = "" if Path(base).exists() else base
+    of_transformers = cls.__module__.startswith("transformers.")
     return {
         "model_name": base.rpartition("/")[2] or cls.__name__,
-        "model_class": cls.__name__ if cls.__module__.startswith("transformers.") else None,
+        "model_class": cls.__name__ if of_transformers else None,
         "base_model": base or None,
-        "library": "peft"
-        if adapted is not model
-        else "transformers"
-        if cls.__module__.startswith("transformers.")
-        else None,
+        "library": "peft" if adapted is not model else "transformers" if of_transformers else None,
         "parameters": sum(map(count_elements, model.parameters())),
     }
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,49 @@ logger = logging.getLogger(__name__)
 
 
 def find_image_column(rows: Any) -> str | None:
-    """`image` or `img`, else the first column of images of a `datasets.Dataset`; None where there is none."""
+    """`image` or `img`, else the first column of images of a data set, else of bytes; None where there is none."""
     import datasets
 
-    named = [column for column in ("image", "img") if column in rows.column_names]
     typed = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    return next(iter([*named, *typed]), None)
+    encoded = [column for column, kind in rows.features.items() if _holds_bytes(kind)]
+    named = [column for column in ("image", "img") if column in (*typed, *encoded)]
+    return next(iter([*named, *typed, *encoded]), None)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Of bytes, or of structs with bytes, which parquet files of images keep and `datasets` may not know as images."""
+    return "bytes" in kind if isinstance(kind, dict) else getattr(kind, "dtype", "") in ("binary", "large_binary")
 
 
 def find_label_column(rows: Any, wanted: str | None = None) -> str | None:
     """The column of the labels: `wanted`, else `label`, `labels` or `fine_label`; None where there is none."""
-    return next(
-        (c for c in (wanted, "label", "labels", "fine_label") if c is not None and c in rows.column_names), None
-    )
+    return next((name for name in (wanted, "label", "labels", "fine_label") if name in rows.column_names), None)
 
 
 def read_encoded(rows: Any, column: str) -> Iterator[bytes | Path | None]:
-    """The encoded images of a column, or their files; None where a row has neither.
-
-    Parquet files of images keep structs of bytes and path, which `datasets` may or may not know as images.
-    """
+    """The encoded images of a column, or their files; None where a row has neither."""
     import datasets
 
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     for row in rows.select_columns([column]):
-        value = row[column] or {}
-        path = value.get("path")
-        yield value["bytes"] if value.get("bytes") is not None else None if path is None else Path(path)
+        yield encoded_image(row[column])
 
 
-@contextmanager
-def _opened(content: bytes | Path | None) -> Iterator[Any]:
+def encoded_image(value: Any) -> bytes | Path | None:
+    """The encoded image of a row, or its file, of bytes or a struct of bytes and path."""
+    if not isinstance(value, Mapping):
+        return value
+    path = value.get("path")
+    return value["bytes"] if value.get("bytes") is not None else None if path is None else Path(path)
+
+
+def _opened(content: bytes | Path | None) -> Any:
     from PIL import Image
 
     if content is None:
         raise ValueError("the row has no image")
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
-        yield file
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
 
 
 def read_size(content: bytes | Path | None) -> tuple[int, int]:

@@ -139,6 +139,15 @@ def given_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None 
     return vars(parser.parse_args(argv, _Given()))
 
 
+def check_counts(parser: argparse.ArgumentParser, args: Any, *names: str) -> None:
+    """Exit where one of some arguments is less than 1, or AGR is to be suspended in an optimizer that has none."""
+    for name in names:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not allowed; it must be at least 1")
+    if getattr(args, "agr_steps", None) is not None and not args.optim.startswith("agr_"):
+        parser.error(f"--agr_steps is for the optimizers with AGR, and --optim is {args.optim}")
+
+
 def refuse_data_parallel(args: TrainingArguments) -> None:
     """Raise UserError where Trainer would train on several GPUs from one process, with so many times the batch.
 

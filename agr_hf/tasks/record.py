@@ -155,16 +155,15 @@ class RunRecord:
     def command(self) -> str:
         """A shell command that repeats the run; empty for a notebook."""
         processes = self.processes or 1
+        torchrun = ["torchrun", "--nproc_per_node", str(processes)]
         if self.own_script and self.script == NOTEBOOK:
             return ""
         if self.own_script:
             option, _, module = self.script.partition(" ")
             target = ["-m", module] if option == "-m" else [self.script]
-            launcher = ["agr-hf"] if processes == 1 else [
-                "torchrun", "--nproc_per_node", str(processes), "-m", "agr_hf"
-            ]  # fmt: skip
+            launcher = ["agr-hf"] if processes == 1 else [*torchrun, "-m", "agr_hf"]
             return shlex.join([*launcher, "run", *target, *argument_words(self.arguments)])
-        launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+        launcher = ["python"] if processes == 1 else torchrun
         output = ["--output_dir", f"runs/{Path(self.script).stem}"]
         return shlex.join([*launcher, f"training_scripts/{self.script}", *argument_words(self.arguments), *output])
 

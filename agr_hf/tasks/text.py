@@ -266,7 +266,7 @@ def train_tokenizer(articles: Iterable[Article], vocab_size: int = 30_000) -> Pr
     # WikiText's <unk> is the special token; the trainer would make pieces of its letters.
     lines = (sentence.replace("<unk>", " ") for sentence in read_sentences(articles))
     empty.backend_tokenizer.train_from_iterator(lines, trainer)
-    pieces = _vocabulary(empty)
+    pieces = json.loads(empty.backend_tokenizer.to_str())["model"]["vocab"]
     learned = [(piece, score) for piece, score in pieces if piece not in special]
     # The trainer sums in an order that differs from run to run, and gives rare characters made-up scores below all others
     # in such an order. Rounded, with one score for those, and sorted, the same text gives the same ids.
@@ -275,7 +275,3 @@ def train_tokenizer(articles: Iterable[Article], vocab_size: int = 30_000) -> Pr
         ((piece, round(max(score, lowest), 6)) for piece, score in learned), key=lambda entry: (-entry[1], entry[0])
     )
     return AlbertTokenizer(vocab=[(token, 0.0) for token in special] + learned)
-
-
-def _vocabulary(tokenizer: Any) -> list[tuple[str, float]]:
-    return [(piece, score) for piece, score in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]]

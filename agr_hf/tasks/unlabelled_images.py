@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agr_hf.errors import UserError
 from agr_hf.tasks.digits import load_digits
-from agr_hf.tasks.images import SOURCES
+from agr_hf.tasks.images import hub_source
 from agr_hf.tasks.pictures import find_image_column, open_image, read_encoded, warn_of_broken
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ IMAGE_FILES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff",
 def load_unlabelled_images(
     source: str | os.PathLike[str],
     *,
-    split: str = "train",
     size: int | None = None,
     channels: int | None = None,
     revision: str | None = None,
@@ -35,8 +34,7 @@ def load_unlabelled_images(
     Args:
         source: "digits" (scikit-learn's 1,797, no network), a .parquet file with a column of encoded images (`image`,
             `img`, or the first one of bytes), a folder with images at any depth, a name in `agr_hf.tasks.images.SOURCES`
-            ("cifar10": uoft-cs/cifar10, pinned to a revision), or any other Hub id.
-        split: of a Hub data set.
+            ("cifar10": uoft-cs/cifar10, pinned to a revision), or any other Hub id, of which the training split is taken.
         size: height and width; other images are cut to their central square and resized. Default: that of the first
             image, whose height and width must then be equal.
         channels: 1 (grey) or 3 (RGB). Default: that of the first image.
@@ -60,7 +58,7 @@ def load_unlabelled_images(
     source = os.fspath(source)
     images: list[Tensor] = []
     broken = []
-    rows = _encoded(source, split, revision)
+    rows = _encoded(source, revision)
     for name, content in rows:
         if max_images is not None and len(images) == max_images:
             break
@@ -81,84 +79,57 @@ def load_unlabelled_images(
     return torch.stack(images)
 
 
-def _encoded(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+def _encoded(source: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     """Names and encoded bytes (or tensors) of the images of a source."""
     path = Path(source)
     if source == "digits":
         for name, part in load_digits().items():
-            pixels = ((part.pixel_values + 1) * 127.5).round().to(torch.uint8)
-            yield from ((f"{name} {i}", image) for i, image in enumerate(pixels))
+            yield from ((f"{name} {i}", image) for i, image in enumerate(part.encoded))
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
         yield from ((file.relative_to(path).as_posix(), file) for file in files)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
     else:
-        yield from _hub_rows(source, split, revision)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read as a parquet file: {error}") from error
-    with file:
-        schema = file.schema_arrow
-
-        def has_bytes(kind: Any) -> bool:
-            if pyarrow.types.is_struct(kind):
-                return kind.get_field_index("bytes") >= 0
-            return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
-
-        column = next(
-            (n for n in ("image", "img", *schema.names) if n in schema.names and has_bytes(schema.field(n).type)), None
-        )
+        rows = _open_parquet(path) if path.suffix == ".parquet" else _load_from_hub(source, revision)
+        column = find_image_column(rows)
         if column is None:
             raise UserError(
-                f"{path} has no column of encoded images (bytes, or a struct with bytes); its columns are "
-                f"{', '.join(schema.names)}"
+                f"{source!r} has no column of encoded images (bytes, or a struct with bytes); its columns are "
+                f"{', '.join(rows.column_names)}"
             )
-        row = 0
-        for batch in file.iter_batches(batch_size=1000, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield f"row {row}", value["bytes"] if isinstance(value, dict) else value
-                row += 1
+        yield from ((f"row {i}", content) for i, content in enumerate(read_encoded(rows, column)))
 
 
-def _hub_rows(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+def _open_parquet(path: Path) -> Any:
     import datasets
 
-    known = SOURCES.get(source)
-    hub_id = known.hub_id if known else source
-    revision = revision or (known.revision if known else None)
     try:
-        rows = datasets.load_dataset(hub_id, split=split, revision=revision)
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a parquet file: {error}") from error
+
+
+def _load_from_hub(source: str, revision: str | None) -> Any:
+    import datasets
+
+    hub_id, revision = hub_source(source, revision) or (source, None)
+    try:
+        return datasets.load_dataset(hub_id, split="train", revision=revision)
     except Exception as error:  # whatever datasets, the Hub's client or the network raise
         raise UserError(
             f"the images {source!r} could not be loaded: there is no such file or folder, and the Hub answers: "
             f"{(str(error) or type(error).__name__).splitlines()[0]} Without a network, pass --train_data with a parquet "
             "file or a folder of images, or --dataset_name digits"
         ) from error
-    column = find_image_column(rows)
-    if column is None:
-        raise UserError(
-            f"the data set {source!r} has no column of images; its columns are {', '.join(rows.column_names)}"
-        )
-    yield from ((f"row {i}", content) for i, content in enumerate(read_encoded(rows, column)))
 
 
 def _decoded(content: Any, size: int | None, channels: int | None) -> Tensor:
     """(channels, size, size), uint8, of a tensor, bytes or a file."""
-    import numpy
     from PIL import Image, ImageOps
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     picture = Image.fromarray(content[0].numpy()) if isinstance(content, Tensor) else open_image(content)
     grey = channels == 1 or (channels is None and picture.mode in ("1", "L", "LA"))
     picture = picture.convert("L" if grey else "RGB")
     if size is not None and picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(numpy.array(picture))
-    return pixels[None] if grey else pixels.permute(2, 0, 1).contiguous()
+    return pil_to_tensor(picture).contiguous()

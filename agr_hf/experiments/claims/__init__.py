@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ def run_claim(
     seeds: int | None = None,
     workers: int = 1,
     arguments: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure a claim, write `NAME.json` (and `NAME.png`, where it has a picture) under `output`, and return the JSON.
 
@@ -62,7 +61,6 @@ def run_claim(
         seeds: in the place of the claim's number.
         workers: runs at a time.
         arguments: for the training script, such as the place of files.
-        say: takes the lines for the user.
 
     Raises:
         UserError: there is no such claim, or it is not offered at that size.
@@ -75,7 +73,7 @@ def run_claim(
         raise UserError(f"{name} is not measured at the size {size!r}; it is at {', '.join(claim.sizes)}")
     setting = claim.sizes[size]
     setting = replace(
-        setting, output=Path(output) / "runs", workers=workers, arguments=tuple(arguments), say=say,
+        setting, output=Path(output) / "runs", workers=workers, arguments=tuple(arguments),
         seeds=setting.seeds if seeds is None else seeds,
     )  # fmt: skip
     measured = json.loads(json.dumps(plain(claim.measure(setting))))

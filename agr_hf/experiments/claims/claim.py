@@ -39,7 +39,6 @@ class Setting:
         output: folder for runs, which goes on where it was.
         arguments: of the user for the training script, such as the place of files.
         workers: runs at a time.
-        say: takes the lines for the user.
     """
 
     seeds: int = 1
@@ -47,7 +46,6 @@ class Setting:
     output: Path = Path("claims")
     arguments: tuple[str, ...] = ()
     workers: int = 1
-    say: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ def digits_network(name: str, seed: int) -> nn.Module:
 
 
 def compute_loss(model: nn.Module, data: Images, index: Tensor) -> Tensor:
-    loss: Tensor = model(pixel_values=data.pixel_values[index], labels=data.labels[index]).loss
-    return loss
+    return model(pixel_values=data.pixel_values[index], labels=data.labels[index]).loss
 
 
 def train_on_digits(
@@ -99,7 +98,7 @@ def measure_lognormal(setting: Setting) -> dict[str, Any]:
                         quantiles.append(
                             {**head, "log_quantiles": numpy.quantile(standard, QUANTILES).round(4).tolist()}
                         )
-            setting.say(f"{network}, seed {seed}: {len(rows)} tensors")
+            print(f"{network}, seed {seed}: {len(rows)} tensors")
     return {"steps": steps, "optimizer": "adamw", "rows": rows, "quantiles": quantiles}
 
 
@@ -175,7 +174,7 @@ def measure_smaller_rate(setting: Setting) -> dict[str, Any]:
             for tenth, index in enumerate(raw[name].abs().flatten().argsort().chunk(10)):
                 by_tenth[tenth].append(ratio[index].median())
         tenths.append([1 - float(torch.stack(of).mean()) for of in by_tenth])
-        setting.say(f"seed {seed}: the rate is smaller by {tenths[-1][0]:.1e} to {tenths[-1][-1]:.1e}")
+        print(f"seed {seed}: the rate is smaller by {tenths[-1][0]:.1e} to {tenths[-1][-1]:.1e}")
     return {"network": "vit-micro", "reduction_by_tenth_of_size": tenths}
 
 
@@ -208,7 +207,7 @@ def measure_norms_fall(setting: Setting) -> dict[str, Any]:
             for layer, values in norms.items():
                 ratio = float(numpy.mean(values[-tenth:]) / numpy.mean(values[:tenth]))
                 ratios.setdefault(network, {}).setdefault(layer, []).append(ratio)
-            setting.say(f"{network}, seed {seed}")
+            print(f"{network}, seed {seed}")
     return {"steps": setting.options["steps"], "optimizer": "adal", "last_tenth_over_first": ratios}
 
 
@@ -250,7 +249,7 @@ def measure_noise(setting: Setting) -> dict[str, Any]:
                 if step >= steps // 2 and step % 10 == 0:
                     indices.append(tail_index(average[average != 0]))
             found[name].append(float(numpy.mean(indices)))
-        setting.say(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()))
+        print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()))
     return {"network": "mlp", "tail_index": found}
 
 

@@ -14,7 +14,7 @@ from agr_hf.experiments.claims.claim import Claim, Finding, Setting, interval
 from agr_hf.optim.adal import AdaL
 from agr_hf.optim.psi import agr
 from agr_hf.optim.registry import optimizer_info
-from agr_hf.tasks.functions import FUNCTIONS, TestFunction, moved, squared_distance, trajectory
+from agr_hf.tasks.functions import FUNCTIONS, moved, search_rate, squared_distance, trajectory
 
 # ----------------------------------------------------------------------------------------------- theorem 4.1
 
@@ -54,9 +54,8 @@ def measure_norm(setting: Setting) -> dict[str, Any]:
 def judge_norm(found: Mapping[str, Any]) -> Finding:
     worst = max(found["largest_ratio"].values())
     effect = f"‖Ψ(g)‖ / ‖g‖ is at most {worst:.6f}; every |1 - a| is at most 1, so it cannot be otherwise"
-    return Finding(
-        "confirmed" if worst <= 1 + 1e-12 else "contradicted", effect, n=len(LAWS) * found["draws_of_each_law"]
-    )
+    verdict = "confirmed" if worst <= 1 + 1e-12 else "contradicted"
+    return Finding(verdict, effect, n=len(LAWS) * found["draws_of_each_law"])
 
 
 def measure_jacobian(setting: Setting) -> dict[str, Any]:
@@ -203,9 +202,6 @@ def judge_regret(found: Mapping[str, Any]) -> Finding:
 def measure_functions(setting: Setting) -> dict[str, Any]:
     """Distance to the minimum after 100 steps, at the rate that a search found for the paper's start: from there and from
     starts around it."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)  # two numbers at a time
     names, steps = setting.options["optimizers"], 100
     rates: dict[str, dict[str, float]] = {}
@@ -213,7 +209,7 @@ def measure_functions(setting: Setting) -> dict[str, Any]:
     own_start: dict[str, dict[str, float]] = {}
     for name, function in FUNCTIONS.items():
         for optimizer in names:
-            rate = _search_rate(function, optimizer, steps, setting.options["trials"])
+            rate = search_rate(function, optimizer, steps, setting.options["trials"])
             rates.setdefault(name, {})[optimizer] = rate
             own, *others = (
                 math.sqrt(min(squared_distance(of, trajectory(of, optimizer, rate, steps)), 1e12))
@@ -221,21 +217,9 @@ def measure_functions(setting: Setting) -> dict[str, Any]:
             )
             own_start.setdefault(name, {})[optimizer] = own
             distances.setdefault(name, {})[optimizer] = others
-            setting.say(f"{name}, {optimizer}: rate {rate:.3g}")
+            print(f"{name}, {optimizer}: rate {rate:.3g}")
     return {"steps": steps, "trials": setting.options["trials"], "rates": rates, "own_start": own_start,
             "distances": distances}  # fmt: skip
-
-
-def _search_rate(function: TestFunction, optimizer: str, steps: int, trials: int) -> float:
-    import optuna
-
-    def objective(trial: optuna.Trial) -> float:
-        rate = trial.suggest_float("lr", 1e-4, 2.0, log=True)
-        return min(squared_distance(function, trajectory(function, optimizer, rate, steps)), 1e6)
-
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    study.optimize(objective, n_trials=trials)
-    return float(study.best_params["lr"])
 
 
 def judge_functions(found: Mapping[str, Any]) -> Finding:

@@ -53,7 +53,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         options.get("tuned_by"),
     )  # fmt: skip
     output = setting.output / options["folder"]
-    found = compare(comparison, output, workers=setting.workers, say=setting.say)
+    found = compare(comparison, output, workers=setting.workers)
     rows = []
     for of in expected:
         cells = [Cell(name, tuple(of.settings.items())) for name in (of.optimizer, of.baseline)]
