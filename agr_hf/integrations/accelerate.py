@@ -203,7 +203,7 @@ def load_checkpoint(
     Args:
         accelerator: the one that holds model, optimizer, scheduler and registered objects.
         resume: None to start afresh, "latest" for the last complete checkpoint of `output_dir` (if any; one that is not
-            is named in a warning), or a folder.
+            is named in a warning), or a folder. True is "latest", False is None, as for `agr_hf.integrations.trainer.train`.
         output_dir: where `save_checkpoint` writes.
 
     Returns:
@@ -213,9 +213,9 @@ def load_checkpoint(
         ValueError: the named folder does not exist or is not complete; the message says what is wrong with which file. Or
             its sharded state is of another optimizer.
     """
-    if resume is None:
+    if resume is None or resume is False:
         return False
-    if resume == "latest":
+    if resume is True or resume == "latest":
         found = latest_state(output_dir)
         if found is None:
             return False

@@ -111,6 +111,8 @@ def test_models_saved_by_a_hook_of_the_user_count_as_complete_and_missing_files_
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     save_checkpoint(accelerator, tmp_path, 1)
     assert load_checkpoint(accelerator, "latest", tmp_path)
+    assert load_checkpoint(accelerator, True, tmp_path)
+    assert not load_checkpoint(accelerator, False, tmp_path)
     (tmp_path / "checkpoint-1/unet.pt").unlink()
     with pytest.raises(ValueError, match=r"cannot resume from .*: unet.pt is missing"):
         load_checkpoint(accelerator, str(tmp_path / "checkpoint-1"), tmp_path)

@@ -139,7 +139,7 @@ static void fetch_ahead(PyObject *const *at) {
     __builtin_prefetch(storage + 64);
 }
 
-/* look(params, grads, states, keys, columns, kept, addresses): see native.py. */
+/* look(params, grads, states, keys, columns, kept, addresses): see look.py. */
 static PyObject *look(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *params, *grads, *states, *keys, *columns;

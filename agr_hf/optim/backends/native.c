@@ -481,7 +481,7 @@ static PyMethodDef methods[] = {
      "run(rule, states, mode, threads, addresses, fixed, classes, numbers, norms, squares, before, first): see native.py"},
     {"count", count, METH_VARARGS, "count(steps, live): add a step to those that live; see native.py"},
     {"look", look, METH_VARARGS,
-     "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see native.py"},
+     "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see look.py"},
     {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients, and whether all have memory of their own"},
     {"describe", describe, METH_O, "describe(tensors): what `look` compares tensors with"},
     {"use_dlpack", use_dlpack, METH_VARARGS,
