@@ -150,9 +150,9 @@ def save_checkpoint(
     Raises:
         ValueError: `step` or `keep` is out of range; nothing is written or removed then.
     """
-    if type(step) is not int or step < 0:
+    if not _is_whole(step, 0):
         raise UserError(f"save_checkpoint: step={step!r} is not allowed; it must be an integer >= 0")
-    if keep is not None and (type(keep) is not int or keep < 1):
+    if keep is not None and not _is_whole(keep, 1):
         raise UserError(
             f"save_checkpoint: keep={keep!r} is not allowed; it must be an integer >= 1, or None to keep all"
         )
@@ -187,6 +187,10 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def _is_whole(number: Any, least: int) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
+
+
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint, if there is one. Renamed first: a kill while files go must not leave one with holes."""
     if checkpoint.exists():
@@ -196,7 +200,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_checkpoint(
-    accelerator: Accelerator, resume: str | os.PathLike[str] | None, output_dir: str | os.PathLike[str]
+    accelerator: Accelerator, resume: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str]
 ) -> bool:
     """Load what `save_checkpoint` wrote; call it after everything is prepared and registered.
 

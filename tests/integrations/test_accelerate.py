@@ -6,6 +6,7 @@ import runpy
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
@@ -347,7 +348,7 @@ def test_a_checkpoint_that_could_not_be_found_again_is_refused(step, keep, tmp_p
 
 def test_all_checkpoints_are_kept_where_no_number_is_given(tmp_path):
     accelerator = Accelerator(cpu=True)
-    for step in range(4):
+    for step in numpy.arange(4):
         save_checkpoint(accelerator, tmp_path, step, keep=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in range(4)]
 

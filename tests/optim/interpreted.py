@@ -221,3 +221,17 @@ def test_a_nan_of_any_bits_stays_one(rounding):
     param.grad.view(torch.int16)[0] = 0x7FFF
     AGRAdamW([param], rounding=rounding).step()
     assert param[0].isnan().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backward_through_the_weights_before_the_step_raises(name):
+    """As after torch's own steps: its gradients would be those of weights that are gone."""
+    params = [Parameter(torch.ones(3, 5)), Parameter(torch.ones(4))]
+    optimizer = OPTIMIZERS[name].cls([*params, Parameter(torch.ones(2))], lr=1e-2)  # the last has no gradient
+    give_gradients(params, 0, torch.float32)
+    losses = [param.square().sum() for param in params]
+    optimizer.step()
+    assert [type(part) for part in optimizer.plan.parts] == [GPUPart]
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -113,6 +113,7 @@ class GPUPart(TablePart):
         elif sums is not None:
             given = as_vector([sums.norms[i] for i in self.indices], self.device.type).to(torch.float64)
         self._launch_update(given, scales, norms_given=sums is not None)
+        self.count_change()
         self.let_go()
 
     @torch._disable_dynamo
