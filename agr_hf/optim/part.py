@@ -25,7 +25,9 @@ class Present:
     rank holds of both."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
-        self.params: list[Tensor] = [param for group in groups for param in group["params"]]
+        self.params: list[Tensor] = []
+        for group in groups:
+            self.params += group["params"]
         self.grads: list[Tensor | None]
         self.grads, plain = read_grads(self.params)
         self.locals, self.local_grads = self.params, self.grads

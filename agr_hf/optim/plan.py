@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from agr_hf.optim.backends import gpu, native
+from agr_hf.optim.backends.capture import untraced
 from agr_hf.optim.backends.lists import ListsPart
 from agr_hf.optim.backends.look import TYPES
 from agr_hf.optim.flags import agr_flags, is_suspended
@@ -159,7 +158,7 @@ class Plan:
         """Whether sums over what this rank holds are not yet those of whole tensors. The same on every rank."""
         return bool(self.meshes) or self.partition is not None
 
-    @torch._disable_dynamo  # a count is another number in every step, and would be compiled again
+    @untraced  # a count is another number in every step, and would be compiled again
     def count_groups(self) -> None:
         """Count this step of the groups that have a gradient, with AGR or without."""
         for i, group in enumerate(self.groups):

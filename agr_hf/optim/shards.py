@@ -122,7 +122,7 @@ class LiveGroups:
         start = 0
         for group in groups:
             end = start + len(group["params"])
-            self.here.append(any(grad is not None for grad in grads[start:end]))
+            self.here.append(any(grads[i] is not None for i in range(start, end)))
             start = end
         self.numbers: list[Scalar] = [float(is_here) for is_here in self.here]
         self.totals: list[Sequence[Scalar]] = []  # of each mesh: on how many of its ranks each group has a gradient

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from agr_hf.optim.backends import native
-from agr_hf.optim.backends.capture import check_graph_capture
+from agr_hf.optim.backends.capture import check_graph_capture, untraced
 from agr_hf.optim.flattened import check_not_flat, check_not_flattened, is_deepspeed_here
 from agr_hf.optim.layout import check_no_shared_memory
 from agr_hf.optim.options import Option, StepOptions, check_group, check_numbers, read_options, use_plain_numbers
@@ -199,7 +199,7 @@ class StepOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        partitions = self._find_partitions()
+        partitions = self._find_partitions() if is_deepspeed_here() else None
         if partitions is None:
             self.take_step()
         for group, partition in partitions or ():
@@ -265,10 +265,10 @@ class StepOptimizer(StatefulOptimizer):
     def after_step(self, plan: Plan) -> None:
         """What a rule says to the user of a step that is done."""
 
-    @torch._disable_dynamo
+    @untraced
     def _find_partitions(self) -> list[tuple[dict[str, Any], PartitionStep]] | None:
         """What DeepSpeed ZeRO has put in the place of the layers, with the steps on it; None where the layers are there."""
-        if not is_deepspeed_here() or not (self.uses_norms or "agr" in self.defaults):
+        if not (self.uses_norms or "agr" in self.defaults):
             return None  # a rule without norms does not ask whose elements these are
         pairs = self._layers.pair(self.param_groups)
         if not any(is_partitioned(group, layers) for group, layers in pairs):
@@ -299,7 +299,7 @@ class StepOptimizer(StatefulOptimizer):
                 if "step" not in self.state[flat]:
                     self.init_state(flat, group)
 
-    @torch._disable_dynamo  # torch.compile cannot trace identities and addresses
+    @untraced  # torch.compile cannot trace identities and addresses
     def _look(self, clipping: bool, skipped: bool | Tensor) -> Plan | None:
         """The plan for the tensors of this step, which are checked, and counted: from here on nothing refuses. None where no
         parameter has a gradient, and none can have one on another rank."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from agr_hf.optim.backends.capture import untraced
 from agr_hf.optim.backends.tables import GROUP_NUMBERS, TablePart, can_serve
 from agr_hf.optim.part import Present, Row, Sums
 from agr_hf.optim.rounding import COMPENSATION
@@ -116,7 +117,7 @@ class GPUPart(TablePart):
         self.count_change()
         self.let_go()
 
-    @torch._disable_dynamo
+    @untraced
     def _launch_sums(self, scales: Sequence[Scalar], *, squares: bool, coupled_only: bool, handed_out: bool) -> None:
         from agr_hf.optim.backends.triton_kernels import sums_kernel
 
@@ -129,7 +130,7 @@ class GPUPart(TablePart):
                 HAS_REST=COMPENSATION in self.keys, CHUNK=CHUNK, BLOCK=BLOCK,
             )  # fmt: skip
 
-    @torch._disable_dynamo
+    @untraced
     def _add_chunks(self, chunk_sums: Tensor) -> Tensor:
         from agr_hf.optim.backends.triton_kernels import add_chunks_kernel
 
@@ -138,7 +139,7 @@ class GPUPart(TablePart):
             add_chunks_kernel[(len(self.rows),)](self.first_chunk, chunk_sums, sums, BLOCK=128)
         return sums
 
-    @torch._disable_dynamo
+    @untraced
     def _launch_update(self, given: Tensor, scales: Sequence[Scalar], *, norms_given: bool) -> None:
         from agr_hf.optim.backends.triton_kernels import update_kernel
 

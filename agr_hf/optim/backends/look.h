@@ -1,46 +1,54 @@
 /* How native.c looks at tensors: whether they are of the kind that a plan was made for, and where their memory is.
  *
- * It asks through DLPack's table of functions, which torch (2.10 and later) offers to C for this, a tenth of the time of
- * asking in Python. The declarations are the head of DLPack's header, version 1; other declarations would be another major
- * version. */
+ * It asks torch's functions for C (torch/csrc/inductor/aoti_torch/c/shim.h), whose interface is kept from version to version,
+ * a fortieth of the time of asking in Python. What they ask is the at::Tensor in an object of Python, whose place `use_torch`
+ * learns from one. */
 
-typedef struct {
-    void *data;
-    struct { int32_t type, index; } device;
-    int32_t ndim;
-    struct { uint8_t code, bits; uint16_t lanes; } dtype;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-} dl_tensor_t;
-typedef struct {
-    struct { uint32_t major, minor; } version;
-    void *previous, *allocator, *from_object, *to_object;
-    int (*view)(void *object, dl_tensor_t *out);
-    void *stream;
-} dl_api_t;
+typedef struct { int64_t kind, ndim, *shape, *strides, address; } seen_t;
 
-static const dl_api_t *dlpack;
+static struct {
+    int32_t (*layout)(void *, int32_t *), (*dtype)(void *, int32_t *), (*device_type)(void *, int32_t *);
+    int32_t (*device_index)(void *, int32_t *);
+    int32_t (*dim)(void *, int64_t *), (*sizes)(void *, int64_t **), (*strides)(void *, int64_t **);
+    int32_t (*data_ptr)(void *, void **);
+} ask;
+static int32_t strided, cpu; /* layout and device, as torch numbers them */
 static PyObject *grad_name, *is_neg;
 static PyObject *tensor_types[2]; /* Tensor and Parameter: a subclass may have no memory of its own */
-static int tensor_word;           /* of an object of these types, where it points to its tensor; 0 where that is not known */
+static int tensor_word;           /* of an object of these types, where its at::Tensor is */
 
-static PyObject *use_dlpack(PyObject *module, PyObject *args) {
+/* use_torch(path, Tensor, Parameter, object, tensor): see look.py. */
+static PyObject *use_torch(PyObject *module, PyObject *args) {
     (void)module;
-    PyObject *capsule, *types[2], *object;
+    const char *path;
+    PyObject *types[2], *object;
     unsigned long long tensor;
-    if (!PyArg_ParseTuple(args, "OOOOK", &capsule, &types[0], &types[1], &object, &tensor)) return NULL;
-    const dl_api_t *found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-    if (!found) return NULL;
-    if (found->version.major != 1 || !found->view) Py_RETURN_FALSE;
+    if (!PyArg_ParseTuple(args, "sOOOK", &path, &types[0], &types[1], &object, &tensor)) return NULL;
+    void *library = dlopen(path, RTLD_NOLOAD | RTLD_NOW);
+    if (!library) Py_RETURN_FALSE;
+    int32_t (*number_of[2])(void);
+    struct { void *pointer; const char *name; } functions[] = {
+        {&ask.layout, "get_layout"}, {&ask.dtype, "get_dtype"}, {&ask.device_type, "get_device_type"},
+        {&ask.device_index, "get_device_index"}, {&ask.dim, "get_dim"}, {&ask.sizes, "get_sizes"},
+        {&ask.strides, "get_strides"}, {&ask.data_ptr, "get_data_ptr"}, {&number_of[0], "layout_strided"},
+        {&number_of[1], "device_type_cpu"},
+    };
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        char name[64] = "aoti_torch_";
+        void *found = dlsym(library, strcat(name, functions[i].name));
+        if (!found) Py_RETURN_FALSE;
+        *(void **)functions[i].pointer = found;
+    }
+    strided = number_of[0]();
+    cpu = number_of[1]();
     grad_name = PyUnicode_InternFromString("grad");
     is_neg = PyObject_GetAttrString(types[0], "is_neg");
     if (!grad_name || !is_neg) return NULL;
-    for (int i = 0; i < 2; i++) tensor_types[i] = Py_NewRef(types[i]);
     tensor_word = 0;
     for (int word = 2; word < 4; word++)
         if (((const uintptr_t *)object)[word] == tensor) tensor_word = word;
-    dlpack = found;
-    Py_RETURN_TRUE;
+    for (int i = 0; i < 2; i++) tensor_types[i] = Py_NewRef(types[i]);
+    return PyBool_FromLong(tensor_word != 0);
 }
 
 static int is_tensor(PyObject *object) {
@@ -49,50 +57,62 @@ static int is_tensor(PyObject *object) {
 }
 
 /* Whether an object is a tensor with memory of its own. */
-static int see(PyObject *object, dl_tensor_t *out) {
+static int see(PyObject *object, seen_t *out) {
     if (!is_tensor(object)) return 0;
-    if (!dlpack->view(object, out)) return 1;
-    PyErr_Clear();
-    return 0;
+    void *tensor = (void **)object + tensor_word, *data;
+    int32_t layout, dtype, device, index = -1;
+    if (ask.layout(tensor, &layout) || layout != strided || ask.dtype(tensor, &dtype) || ask.device_type(tensor, &device) ||
+        (device != cpu && ask.device_index(tensor, &index)) || ask.dim(tensor, &out->ndim) ||
+        ask.sizes(tensor, &out->shape) || ask.strides(tensor, &out->strides) || ask.data_ptr(tensor, &data))
+        return 0;
+    out->kind = (int64_t)dtype << 32 | (int64_t)device << 16 | (uint16_t)index;
+    out->address = (intptr_t)data;
+    return 1;
 }
 
-static int64_t head_of(const dl_tensor_t *t) {
-    int64_t device = (int64_t)t->device.type << 16 | (t->device.index & 0xffff);
-    return device << 32 | (int64_t)t->ndim << 16 | t->dtype.bits << 8 | t->dtype.code;
+/* What tensors have to look like: for each the place of its description, then descriptions, each of them once. */
+typedef struct { const int64_t *words; int64_t length; } kept_t;
+
+static int64_t length_of(const int64_t *description) { return 2 + 2 * description[1]; }
+
+static int matches(const seen_t *t, const int64_t *description) {
+    if (t->kind != description[0] || t->ndim != description[1]) return 0;
+    size_t bytes = t->ndim * sizeof(int64_t);
+    return !memcmp(t->shape, description + 2, bytes) && !memcmp(t->strides, description + 2 + t->ndim, bytes);
 }
-
-static int64_t ndim_of(int64_t head) { return head >> 16 & 0xff; } /* torch has at most 64 */
-
-static int64_t address_of(const dl_tensor_t *t) { return (int64_t)(intptr_t)t->data + (int64_t)t->byte_offset; }
 
 /* describe(tensors): device, dtype, shape and strides of each as integers, which `look` compares with. */
 static PyObject *describe(PyObject *module, PyObject *tensors) {
     (void)module;
-    Py_ssize_t count = PyList_Size(tensors), length = 0, at = 0;
-    int64_t *words = NULL;
+    Py_ssize_t count = PyList_Size(tensors);
+    int64_t length = count, room = 0, *words = NULL;
     for (Py_ssize_t i = 0; i < count; i++) {
-        dl_tensor_t t;
+        seen_t t;
         if (!see(PyList_GetItem(tensors, i), &t)) {
             free(words);
             return PyErr_Format(PyExc_ValueError, "entry %zd is no tensor with memory of its own", i);
         }
-        if (at + 1 + 2 * t.ndim > length) {
-            length = 2 * length + 1 + 2 * t.ndim;
-            int64_t *longer = realloc(words, length * sizeof(int64_t));
+        if (length + 2 + 2 * t.ndim > room) {
+            room = 2 * length + 2 + 2 * t.ndim;
+            int64_t *longer = realloc(words, room * sizeof(int64_t));
             if (!longer) free(words);
             words = longer;
             if (!words) return PyErr_NoMemory();
         }
-        words[at++] = head_of(&t);
-        for (int d = 0; d < t.ndim; d++) words[at++] = t.shape[d];
-        for (int d = 0; d < t.ndim; d++) words[at++] = t.strides[d];
+        int64_t at = count;
+        while (at < length && !matches(&t, words + at)) at += length_of(words + at);
+        words[i] = at;
+        if (at < length) continue;
+        words[at] = t.kind;
+        words[at + 1] = t.ndim;
+        memcpy(words + at + 2, t.shape, t.ndim * sizeof(int64_t));
+        memcpy(words + at + 2 + t.ndim, t.strides, t.ndim * sizeof(int64_t));
+        length += length_of(words + at);
     }
-    PyObject *result = count < 0 ? NULL : PyBytes_FromStringAndSize((char *)words, at * sizeof(int64_t));
+    PyObject *result = count < 0 ? NULL : PyBytes_FromStringAndSize((char *)words, length * sizeof(int64_t));
     free(words);
     return result;
 }
-
-typedef struct { const int64_t *at, *end; } kept_t;
 
 /* Whether torch negates the elements of a tensor as it reads them: a part of a conjugate may be laid so. */
 static int is_negated(PyObject *tensor) {
@@ -102,41 +122,35 @@ static int is_negated(PyObject *tensor) {
     return negated;
 }
 
-/* Compare a tensor with the next description; its address, or -1 where it is of another kind. None has the address 0, and
- * no elements have the address 1: there is something, but nothing to read. `before` is the address in the step before: the
- * dearest question is asked of tensors that moved, or that hold one element: parts of complex numbers lie apart, and no
- * others of them look like a dense tensor. */
-static int64_t match(kept_t *kept, PyObject *tensor, int64_t before) {
-    int64_t numel = 1;
-    const int64_t *at = kept->at;
-    if (!tensor || at >= kept->end || kept->end - at < 1 + 2 * ndim_of(at[0])) return -1;
-    int64_t ndim = ndim_of(at[0]);
-    kept->at += 1 + 2 * ndim;
-    if (tensor == Py_None) return 0;
-    dl_tensor_t t;
-    if (!see(tensor, &t) || head_of(&t) != at[0]) return -1;
-    for (int64_t d = 0; d < ndim; d++) {
-        if (t.shape[d] != at[1 + d] || t.strides[d] != at[1 + ndim + d]) return -1;
-        numel *= t.shape[d];
-    }
-    int64_t address = numel ? address_of(&t) : 1;
-    return !address || ((address != before || numel == 1) && is_negated(tensor)) ? -1 : address;
-}
-
-enum { AHEAD = 32 }; /* objects */
+enum { AHEAD = 16 }; /* objects */
 
 /* Ask for memory that is read soon: of an object, then of the tensor that it points to, then of its storage. */
 static void fetch_ahead(PyObject *const *at) {
     KEPT;
     PyObject *far = at[AHEAD], *near = at[AHEAD / 2], *next = at[AHEAD / 4];
     if (far) __builtin_prefetch(far);
-    if (!tensor_word) return;
     if (near && is_tensor(near))
         for (int line = 0; line < 3; line++) __builtin_prefetch(((const char **)near)[tensor_word] + 64 * line);
     if (!next || !is_tensor(next)) return;
     const char *storage = ((const char ***)next)[tensor_word][2]; /* an address of anything else does no harm */
     __builtin_prefetch(storage);
     __builtin_prefetch(storage + 64);
+}
+
+/* Compare a tensor with its description; its address, or -1 where it is of another kind. None has the address 0, and no
+ * elements have the address 1: there is something, but nothing to read. `before` is the address in the step before: the
+ * dearest question is asked of tensors that moved, or that hold one element: parts of complex numbers lie apart, and no
+ * others of them look like a dense tensor. */
+static int64_t match(const kept_t *kept, int64_t entry, PyObject *tensor, int64_t before) {
+    if (!tensor || entry >= kept->length) return -1;
+    if (tensor == Py_None) return 0;
+    int64_t at = kept->words[entry], numel = 1;
+    seen_t t;
+    if (at < 0 || at + 2 > kept->length || at + length_of(kept->words + at) > kept->length) return -1;
+    if (!see(tensor, &t) || !matches(&t, kept->words + at)) return -1;
+    for (int64_t d = 0; d < t.ndim; d++) numel *= t.shape[d];
+    int64_t address = numel ? t.address : 1;
+    return !address || ((address != before || numel == 1) && is_negated(tensor)) ? -1 : address;
 }
 
 /* look(params, grads, states, keys, columns, kept, addresses): see look.py. */
@@ -149,7 +163,7 @@ static PyObject *look(PyObject *module, PyObject *args) {
         return NULL;
     Py_ssize_t rows = PyList_Size(params), key_count = PyTuple_Size(keys), column_count = PyList_Size(columns);
     int64_t *address = addresses.buf;
-    kept_t kept = {described.buf, (const int64_t *)described.buf + described.len / (Py_ssize_t)sizeof(int64_t)};
+    const kept_t kept = {described.buf, described.len / (Py_ssize_t)sizeof(int64_t)};
     int fits = PyList_Size(grads) == rows && PyList_Size(states) == rows &&
                addresses.len == (Py_ssize_t)sizeof(int64_t) * rows * (2 + key_count);
     /* Numbers of the rows: the views of one vector that part.py made, where it made them. */
@@ -180,16 +194,16 @@ static PyObject *look(PyObject *module, PyObject *args) {
         for (Py_ssize_t k = 0; fits && k < 2 + key_count; k++) {
             fetch_ahead(row + k);
             int64_t *found = address + k * rows + i;
-            *found = match(&kept, row[k], *found);
+            *found = match(&kept, i * (2 + key_count) + k, row[k], *found);
             fits = *found > 0 || (!*found && k == 1);
         }
         live += address[rows + i] != 0;
         for (Py_ssize_t c = 0; fits && c < column_count; c++) {
             fetch_ahead(row + 2 + key_count + c);
-            dl_tensor_t t;
+            seen_t t;
             PyObject *view = row[2 + key_count + c];
             fits = view && view == PyList_GetItem(column[c].views, i) && see(view, &t) &&
-                   address_of(&t) == column[c].base + i * column[c].size;
+                   t.address == column[c].base + i * column[c].size;
         }
     }
     for (Py_ssize_t i = 0; objects && i < total; i++) Py_XDECREF(objects[i]);

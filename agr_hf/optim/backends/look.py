@@ -1,10 +1,11 @@
 """How a step looks at its tensors: whether they are of the kind that its plan was made for, and where their memory is.
 
-The extension does it in C (look.h), through the functions that torch offers for this since 2.10; Python does it elsewhere.
+The extension does it in C (look.h), through torch's functions for C; Python does it elsewhere.
 """
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,15 +77,28 @@ def look_in_python(
     return sum(grad is not None for grad in grads)
 
 
-def use_dlpack() -> bool:
-    """Whether the extension can look at tensors; it learns from one of them how an object points to its tensor."""
-    if _native is None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+def find_torch() -> Path | None:
+    """The library of torch that has its functions for C."""
+    return next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+
+
+def use_torch() -> bool:
+    """Whether the extension can look at tensors: it learns from one where an object of Python has its tensor, and must read
+    the same of it as Python does."""
+    if _native is None:
         return False
-    tensor = torch.empty(0, device="cpu")
-    return _native.use_dlpack(Tensor.__dlpack_c_exchange_api__, *TYPES, tensor, tensor._cdata)
+    tensor, library = torch.empty(3, 5, device="cpu")[1:, 1:], find_torch()
+    if library is None or not _native.use_torch(str(library), *TYPES, tensor, tensor._cdata):
+        return False
+    kept, addresses = _native.describe([tensor, tensor]), array("q", [0, 0])
+    return (
+        array("q", kept)[-4:].tolist() == [*tensor.shape, *tensor.stride()]
+        and _native.look([tensor], [tensor], [{}], (), [], kept, addresses) == 1
+        and addresses.tolist() == [tensor.data_ptr()] * 2
+    )
 
 
-if use_dlpack():
+if use_torch():
     read_grads, describe, look = _native.read_grads, _native.describe, _native.look
 else:
     read_grads, describe, look = read_grads_in_python, describe_in_python, look_in_python

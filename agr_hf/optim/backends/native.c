@@ -484,9 +484,9 @@ static PyMethodDef methods[] = {
      "look(params, grads, states, keys, columns, kept, addresses): the addresses of a step's tensors; see look.py"},
     {"read_grads", read_grads, METH_O, "read_grads(params): the list of their gradients, and whether all have memory of their own"},
     {"describe", describe, METH_O, "describe(tensors): what `look` compares tensors with"},
-    {"use_dlpack", use_dlpack, METH_VARARGS,
-     "use_dlpack(capsule, Tensor, Parameter, object, tensor): look at tensors through these functions, if they are of version "
-     "1; `tensor` is the address of the tensor of an object"},
+    {"use_torch", use_torch, METH_VARARGS,
+     "use_torch(path, Tensor, Parameter, object, tensor): look at tensors through the functions of this library, if it has "
+     "them; `tensor` is the address of the tensor of an object"},
     {"select_isa", select_isa, METH_VARARGS,
      "select_isa(name=None): compute with these instructions, by default the widest that the processor has; their name"},
     {"use_openmp", use_openmp, METH_VARARGS,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agr_hf.optim.backends import gpu
+from agr_hf.optim.backends.capture import untraced
 from agr_hf.optim.backends.look import WHY_NOT, _native
 from agr_hf.optim.backends.tables import DTYPES, TablePart, can_serve
 from agr_hf.optim.part import Present, Row, Sums
@@ -118,7 +119,7 @@ class NativePart(TablePart):
         self._run(0 if sums is None else NORMS_GIVEN, *self._classes(scales))
         self.let_go()
 
-    @torch._disable_dynamo  # torch.compile cannot trace C
+    @untraced  # torch.compile cannot trace C
     def _run(self, mode: int, classes: array[int], numbers: array[float]) -> None:
         before = self.scalars["pre_l1_norm"].vector.data_ptr() if "pre_l1_norm" in self.scalars else 0
         first = b"" if self.random_bits is None else array("q", self.random_bits.first(self.steps.vector).tolist())

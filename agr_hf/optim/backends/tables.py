@@ -97,7 +97,6 @@ class TablePart(Part):
             (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
             for column in self.columns
         ]
-        # DLPack may not know other devices.
         in_c = self.device.type in ("cpu", "cuda")
         self.look_at = look if in_c else look_in_python
         # A gradient that is not here looks like its parameter.
