@@ -1,7 +1,7 @@
 /* How native.c looks at tensors: whether they are of the kind that a plan was made for, and where their memory is.
  *
  * It asks torch's functions for C (torch/csrc/inductor/aoti_torch/c/shim.h), whose interface is kept from version to version,
- * a fortieth of the time of asking in Python. What they ask is the at::Tensor in an object of Python, whose place `use_torch`
+ * a tenth of the time of asking in Python. What they ask is the at::Tensor in an object of Python, whose place `use_torch`
  * learns from one. */
 
 typedef struct { int64_t kind, ndim, *shape, *strides, address; } seen_t;
