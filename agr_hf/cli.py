@@ -235,7 +235,8 @@ def run_reproduce(arguments: argparse.Namespace) -> None:
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
-    from agr_hf.experiments.compare import compare, plan_comparison
+    from agr_hf.experiments.compare import compare
+    from agr_hf.experiments.comparison import plan_comparison
 
     comparison = plan_comparison(
         arguments.task,

@@ -14,10 +14,10 @@ from test_report import EVIL, comparison
 
 from agr_hf.cli import main
 from agr_hf.errors import UserError
-from agr_hf.experiments import any_model, app, inspect
-from agr_hf.experiments.app import (
+from agr_hf.experiments import any_model, inspect, views
+from agr_hf.experiments.app import build_app, run_app
+from agr_hf.experiments.views import (
     DEMO_MODEL,
-    build_app,
     find_comparisons,
     find_models,
     show_layers,
@@ -61,7 +61,7 @@ def test_a_line_is_animated_from_its_start_to_its_end_or_drawn_at_once():
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=lambda function: function.name)
 def test_contour_lines_keep_the_height_of_their_level(function):
-    lines = app._contour_lines(function)
+    lines = views._contour_lines(function)
     assert len(lines) > 10
     heights = sample_heights(function, 20)[2]
     allowed = 0.05 * (heights.max() - heights.min())  # lines are straight between the points of the grid
@@ -74,7 +74,7 @@ def test_contour_lines_keep_the_height_of_their_level(function):
 def test_a_run_that_diverges_is_drawn_as_far_as_it_is_finite(monkeypatch):
     points = torch.tensor([[-2.0, 2.0], [1e30, 0.0], [float("nan"), 0.0], [1.0, 1.0]], dtype=torch.float64)
     points[-1] = float("inf")
-    monkeypatch.setattr(app, "trajectory", lambda *_: points)
+    monkeypatch.setattr(views, "trajectory", lambda *_: points)
     html = show_trajectories("rosenbrock", [("sgd", 1.0)], 3, animated=False)
     (picture,) = pictures(html)
     assert len(picture.find(".//polyline").attrib["points"].split()) == 2
@@ -247,4 +247,4 @@ def test_the_space_starts_this_app_with_the_extra_of_the_package():
     source = (ROOT / "space" / header["app_file"]).read_text()
     namespace = {"__name__": "space", "__file__": str(ROOT / "space/app.py")}
     exec(compile(source, header["app_file"], "exec"), namespace)
-    assert namespace["run_app"] is app.run_app
+    assert namespace["run_app"] is run_app

@@ -11,7 +11,7 @@ from agr_hf.cli import main
 from agr_hf.experiments.claims import CLAIMS, SIZES, VERDICTS, claims_table, criteria, read_claims, run_claim, training
 from agr_hf.experiments.claims.gradients import tail_index
 from agr_hf.experiments.claims.theory import psi_jacobian, reddi_regret, slope
-from agr_hf.experiments.compare import plan_comparison
+from agr_hf.experiments.comparison import plan_comparison
 from agr_hf.experiments.scope import ScopedAGRAdamW, scoped_psi
 from agr_hf.optim import AGRAdamW, agr
 

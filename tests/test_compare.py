@@ -15,7 +15,8 @@ import pytest
 from filelock import FileLock
 
 from agr_hf.cli import main
-from agr_hf.experiments.compare import compare, plan_comparison
+from agr_hf.experiments.compare import compare
+from agr_hf.experiments.comparison import plan_comparison
 from agr_hf.experiments.processes import interrupts_wait
 
 SCRIPT = """

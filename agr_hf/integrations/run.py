@@ -43,7 +43,7 @@ def _train_resumably() -> None:
     """
     from transformers import Trainer
 
-    from agr_hf.integrations.trainer import train
+    from agr_hf.integrations.resume import train
 
     own_train = Trainer.train
     if getattr(own_train, "__module__", None) == __name__:  # ours already
@@ -110,7 +110,7 @@ def run_own_script(
     """
     from transformers import Trainer
 
-    from agr_hf.integrations.trainer import train
+    from agr_hf.integrations.resume import train
 
     own_train, resumed = Trainer.train, False
 

@@ -18,7 +18,8 @@ from agr_hf.integrations import register
 from agr_hf.integrations.callbacks import AutomaticRecord, GradientStatistics, SuspendAGR, TrainingTime
 from agr_hf.integrations.epochs import EpochData, EpochOf
 from agr_hf.integrations.launch import check_launch
-from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, save_model, train, trainer_optimizer
+from agr_hf.integrations.resume import save_model, train
+from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, trainer_optimizer
 from agr_hf.optim.registry import list_optimizers, optimizer_info
 from agr_hf.tasks.arguments import ScriptParser
 from agr_hf.tasks.recipes import refuse_data_parallel

@@ -26,8 +26,8 @@ from agr_hf.integrations.checkpoints import (
     resolve_checkpoint,
 )
 from agr_hf.integrations.optimizer_states import load_optimizer, save_optimizer
+from agr_hf.integrations.resume import load_renamed_weights, train
 from agr_hf.integrations.run import _train_resumably
-from agr_hf.integrations.trainer import load_renamed_weights, train
 from agr_hf.optim.param_groups import set_agr_flags
 
 OURS = list_optimizers()[:7]

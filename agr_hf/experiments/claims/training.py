@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from agr_hf.experiments.claims.claim import Claim, Finding, Setting
-from agr_hf.experiments.compare import Cell, compare, plan_comparison, read_metrics
+from agr_hf.experiments.compare import compare
+from agr_hf.experiments.comparison import Cell, plan_comparison
 from agr_hf.experiments.paired import Paired, compare_metric, give_verdicts, is_percent, pair_metric
 from agr_hf.experiments.report import label
+from agr_hf.experiments.results import read_metrics
 from agr_hf.tasks.runs import lower_is_better
 
 
