@@ -134,6 +134,7 @@ def public_bytes(name: str, path: Path) -> bytes | Path:
         if name.endswith("trainer_state.json") and isinstance(cleaned, dict) and "best_model_checkpoint" in cleaned:
             cleaned["best_model_checkpoint"] = None  # a path of this machine
         content = raw if cleaned == value else json.dumps(cleaned, indent=2).encode() + b"\n"
+        refuse_secrets(name, json.dumps(cleaned, ensure_ascii=False).encode(errors="replace"))  # \u escapes hide one
     refuse_secrets(name, content if isinstance(content, bytes) else content.read_bytes())
     return content
 

@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ def make_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
         model: not wrapped.
         decay: weight of the past, 0 <= decay < 1 (DDPM: 0.9999).
     """
-    if not 0 <= decay < 1:
+    if not (isinstance(decay, Real) and 0 <= decay < 1):
         raise UserError(f"ema: decay={decay!r} is not allowed; it must be a number >= 0 and < 1")
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 

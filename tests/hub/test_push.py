@@ -282,6 +282,7 @@ def cut_in_half(path):
         (lambda run: (run / "link.json").symlink_to("/etc/hostname"), "link.json is a link, which is not followed"),
         (lambda run: (run / f"hf_{'a' * 34}.json").write_text("{}"), "<secret>.json holds an access token"),
         (lambda run: (run / "config.json").write_text('{"x": "hf_' + "a" * 34 + '"}'), "holds an access token"),
+        (lambda run: (run / "config.json").write_text(r'{"x": "\u0068f_' + "a" * 34 + '"}'), "holds an access token"),
     ],
 )
 def test_a_run_that_is_not_fit_to_publish_is_refused_before_anything_is_sent(spoil, sentence, hub, tmp_path):

@@ -294,8 +294,9 @@ def test_an_average_of_weights_follows_its_decay():
     model.weight.data.fill_(1.0)
     ema.update_parameters(model)
     assert ema.module.weight == 0.25
-    with pytest.raises(ValueError, match="decay=1"):
-        make_ema(model, 1)
+    for decay in (1, -0.1, float("nan"), "0.9", None):
+        with pytest.raises(ValueError, match="decay="):
+            make_ema(model, decay)
 
 
 def test_parameters_swapped_behind_the_optimizer_get_state_of_their_own():
