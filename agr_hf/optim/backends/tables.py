@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agr_hf.optim.backends.look import TYPES, describe, describe_in_python, look, look_in_python
+from agr_hf.optim.backends.look import TYPES, describe, look
 from agr_hf.optim.layout import Layout
 from agr_hf.optim.part import Part, Present, Row
 from agr_hf.optim.shards import local
@@ -97,13 +97,11 @@ class TablePart(Part):
             (column.key, column.views, column.vector.data_ptr(), column.vector.element_size())
             for column in self.columns
         ]
-        in_c = self.device.type in ("cpu", "cuda")
-        self.look_at = look if in_c else look_in_python
         # A gradient that is not here looks like its parameter.
         kinds = [param if grad is None else grad for param, grad in zip(params, grads, strict=True)]
         columns = [[local(state[key]) for state in self.states] for key in self.keys]
         table = [tensor for row in zip(params, kinds, *columns, strict=True) for tensor in row]
-        self.kept = (describe if in_c else describe_in_python)(table)
+        self.kept = describe(table)
         self.addresses = array("q", bytes(8 * len(rows) * (2 + len(self.keys))))
         self.params: list[Tensor] = []  # until the step is done, as `held`
         self.held: list[Any] = []
@@ -116,7 +114,7 @@ class TablePart(Part):
         states = self.states
         if self.has_shards:
             states = [{key: local(value) for key, value in state.items()} for state in states]
-        count = self.look_at(params, grads, states, self.keys, self.views, self.kept, self.addresses)
+        count = look(params, grads, states, self.keys, self.views, self.kept, self.addresses)
         if count < 0:
             return False
         self.set_live([True] * count if count == len(grads) else [grad is not None for grad in grads])
