@@ -310,7 +310,10 @@ class StepOptimizer(StatefulOptimizer):
             self.plan = None
             plan = Plan(self, present, clipping)
             if not plan.fits(self, present):
-                raise RuntimeError(f"{type(self).__name__}: gradients or state changed while the step looked at them")
+                raise RuntimeError(
+                    f"{type(self).__name__}: a tensor has no memory (its storage was freed), or gradients or state changed "
+                    "while the step looked at them"
+                )
             self.plan = plan
         self.plan.check_meshes(present, clipping)
         for part in self.plan.parts:

@@ -274,6 +274,18 @@ def test_parameters_without_memory_share_none(name):
     make(name, model.parameters())
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_memory_that_was_freed_is_refused_before_the_step_counts(name):
+    param, optimizer = one_step(name)
+    moment = next(key for key in optimizer.state[param] if key.endswith("exp_avg"))
+    before = optimizer.state[param][moment].clone()
+    param.data.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"a tensor has no memory \(its storage was freed\)"):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+    assert torch.equal(optimizer.state[param][moment], before)
+
+
 @every_optimizer
 def test_tied_modules_share_a_parameter_and_that_is_one(name):
     one, other = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
