@@ -71,6 +71,7 @@ test-postgres: $(VENV)/installed
 
 # The app in Chromium (Debian's package chromium); screenshots go to build/screenshots.
 test-browser: $(VENV)/installed
+	@echo "installing agr_hf with torch and what its tests need: about 6 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --editable ".[app]" playwright
 	$(BIN)/python -m pytest tests/test_app.py
 	$(BIN)/python -m pytest -m browser

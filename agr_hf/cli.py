@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agr_hf.errors import UserError, describe_missing
 from agr_hf.version import __version__
@@ -18,8 +19,15 @@ def count(text: str) -> int:
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: `--seed 2` would be `--seeds 2`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="agr-hf", description="AGR and AdaL for the Hugging Face ecosystem.")
+    top = Parser(prog="agr-hf", description="AGR and AdaL for the Hugging Face ecosystem.")
     top.add_argument("--version", action="version", version=f"agr-hf {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     env = commands.add_parser(
@@ -265,7 +273,12 @@ def run_report(arguments: argparse.Namespace) -> None:
 def run_claim_list(arguments: argparse.Namespace) -> None:
     from agr_hf.experiments.claims import claims_table, criteria, read_claims
 
-    print(claims_table(read_claims(arguments.results)))
+    found = read_claims(arguments.results)
+    print(claims_table(found))
+    if not found:
+        print(
+            f"\nThere are no measurements in {arguments.results}; those of the repository are in docs/claims (--results)"
+        )
     print(f"\n{criteria()}")
 
 

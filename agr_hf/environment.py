@@ -58,7 +58,7 @@ def describe_backends() -> dict[str, Any]:
         triton = {
             "available": False,
             "why": "torch sees no GPU (CUDA, ROCm or XPU)",
-            "what_to_do": "nothing on a CPU; where a GPU is, install the torch of its driver (https://pytorch.org)",
+            "what_to_do": "it is not needed on a CPU; where a GPU is, install the torch of its driver (https://pytorch.org)",
         }
     else:
         triton = True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 # Modules of the extra `train`, and what pip calls them.
 EXTRA = {
     **{
@@ -25,3 +28,9 @@ def describe_missing(error: ModuleNotFoundError) -> str | None:
         f"{package} is not installed; install it with pip install {package}, or all that the experiments need with "
         f'pip install "agr-hf[train]"'
     )
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+    """ " (did you mean X?)" for a name that is nearly one of those known, else nothing."""
+    near = get_close_matches(given, list(known), n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -129,7 +129,7 @@ def dataset_batches(model: Any, source: str, name: str, batch_size: int, count: 
     if not (image and label if images else "text" in rows.column_names):
         raise UserError(
             f"the dataset {source!r} has the columns {', '.join(rows.column_names)}; this model takes "
-            + ("image and label" if images else "text")
+            + ("image and label" if images else "text: rename the column that holds the texts")
         )
     key, transform = _image_input(model, name) if images else ("", None)
     for batch in rows.iter(batch_size):

@@ -125,7 +125,11 @@ def draw_intervals(rows: Sequence[Interval], margin: float, title: str) -> str:
         parts.append(f'<circle class="dot" cx="{x_of(row.middle):.1f}" cy="{y}" r="4.5"/>')
     for tick in x_ticks:
         parts.append(f'<text x="{x_of(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{_signed(tick)}</text>')
-    said = "; ".join(f"{row.label}: {row.middle:+.3g}, 95% interval {row.low:+.3g} to {row.high:+.3g}" for row in rows)
+    said = "; ".join(
+        f"{row.label}: {row.middle:+.3g}, "
+        + (f"95% interval {row.low:+.3g} to {row.high:+.3g}" if math.isfinite(row.low) else "no interval")
+        for row in rows
+    )
     return _svg(parts, bottom + 24, f"{title}: {said}")
 
 

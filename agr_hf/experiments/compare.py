@@ -60,6 +60,8 @@ def compare(
     database = open_storage(storage or f"sqlite:///{(output / 'trials.db').resolve()}")
     total = len(comparison.cells) * (comparison.seeds + comparison.trials)
     worker, pool = Worker(output), Pool(comparison, workers, say)
+    if comparison.seeds == 1:
+        say("one seed has no interval, and no verdict: two or more have")
     try:
         tuned = _search(comparison, output, database, worker, pool)
         queue = comparison.open_trials(database, worker)
@@ -79,7 +81,7 @@ def compare(
     write_text(output / "comparison.json", json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
     write_reports([output])
     if pool.failed:
-        raise RuntimeError(f"{len(pool.failed)} of {total} runs failed: {'; '.join(pool.failed)}")
+        raise RuntimeError(f"{pool.failures} of {total} runs failed: {pool.describe_failures()}")
     return found
 
 
@@ -93,7 +95,7 @@ def _search(
         searches[cell.name].add_grid()
         pool.work(searches[cell.name], output / "tuning" / cell.name, cell)
     if pool.failed:
-        raise RuntimeError(f"{len(pool.failed)} runs of the search failed: {'; '.join(pool.failed)}")
+        raise RuntimeError(f"{pool.failures} runs of the search failed: {pool.describe_failures()}")
     return {name: search.best() for name, search in searches.items()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from agr_hf.errors import UserError
 from agr_hf.experiments.rerun import script_path
 from agr_hf.experiments.trials import Range, Trials, Worker
+from agr_hf.optim.registry import OPTIMIZERS, optimizer_info
 from agr_hf.tasks.runs import lower_is_better
 
 # Script of a task, and the metric that a search goes by.
@@ -137,12 +138,27 @@ def plan_comparison(
     cells = tuple(Cell(name, chosen) for chosen in product(*grid) for name in names)
     if any("/" in cell.name or cell.name.startswith(".") for cell in cells):
         raise UserError("optimizers and values of --set name folders, and cannot hold a /")
+    for cell in cells:
+        _check_optimizer(task, cell)
     script = script_path(TASKS[task][0]) if task in TASKS else Path(task)
     if not script.is_file():
         raise UserError(f"there is no task and no script {task!r}; tasks are {', '.join(TASKS)}")
     return Comparison(
         script.resolve(), task, cells, baseline, seeds, margin, tuple(arguments), ranges, trials or 0, metric
     )
+
+
+def _check_optimizer(task: str, cell: Cell) -> None:
+    """Refuse an optimizer that every run would fail of. A script of the user's may know names of its own."""
+    from transformers.training_args import OptimizerNames
+
+    from agr_hf.integrations.trainer import parse_optim_args
+
+    info = OPTIMIZERS.get(cell.optim)
+    if info is not None:
+        parse_optim_args(info, cell.optimizer.partition(",")[2])
+    elif task in TASKS and ":" not in cell.optim and cell.optim not in list(OptimizerNames):
+        optimizer_info(cell.optim)  # says which there are
 
 
 def make_words(cell: Cell, searched: Mapping[str, float], seed: int) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -110,10 +113,16 @@ def demo(output: Path, seeds: int = 3, epochs: int = 20) -> None:
         print(f"  {output / name}")
     for name in OPTIMIZERS:
         print(f"  {output / 'models' / name}  (AutoModelForImageClassification.from_pretrained loads it)")
+    # Of an environment that is not activated a shell does not find the command.
+    command = "agr-hf" if shutil.which("agr-hf") else os.path.relpath(Path(sys.executable).with_name("agr-hf"))
     print("\nNext:")
-    print("  agr-hf inspect FOLDER_OR_HUB_ID                  would AGR change anything for a model of yours?")
-    print("  agr-hf run your_script.py --optim agr_adamw ...  train it with AdamW(AGR), the script unchanged")
-    print("  agr-hf compare your_script.py --optim adamw_torch agr_adamw --seeds 8 --output comparison   does it help?")
+    print(
+        f"  {command} inspect {output / 'models' / 'agr_adamw'}   what AGR does to each layer; or of a model of yours"
+    )
+    print(f"  {command} run your_script.py --optim agr_adamw ...   train it with AdamW(AGR), the script unchanged")
+    print(
+        f"  {command} compare your_script.py --optim adamw_torch agr_adamw --seeds 8 --output comparison   does it help?"
+    )
 
 
 def metric(run: RunRecord, name: str) -> float:

@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, comparison: Comparison, workers: int, say: Callable[[str], None]) -> None:
         self._comparison, self._workers, self._say = comparison, workers, say
         self._seconds: list[float] = []
-        self.failed: list[str] = []
+        self.failed: dict[str, list[str]] = {}  # runs, with their logs, by what they failed of
 
     def _start(self, taken: Taken, folder: Path, cell: Cell | None) -> tuple[BaseProcess, ScriptRun]:
         known = taken.trial.user_attrs
@@ -44,6 +44,14 @@ class Pool:
         if run.is_going:
             self._say(f"{run.name}: a command that was stopped has it in hand; waiting for it")
         return run.start(), run
+
+    def describe_failures(self) -> str:
+        """Which runs failed, and of what: each reason once."""
+        return "; ".join(f"{', '.join(runs)}: {why}" for why, runs in self.failed.items())
+
+    @property
+    def failures(self) -> int:
+        return sum(map(len, self.failed.values()))
 
     def work(self, trials: Trials, folder: Path, cell: Cell | None = None) -> None:
         """Take trials until none is left, here or in the hands of others; those of a search are all of one cell."""
@@ -98,9 +106,11 @@ class Pool:
             why = f"the search goes by {key}, and the script's metrics are {', '.join(metrics or {})}: pass one as --metric"
         if why or metrics is None:
             said = run.last_line() if process.exitcode else ""
-            self.failed.append(f"{': '.join([run.name, why, *[said] * bool(said)])} ({run.log})")
+            why = f"{why}: {said}" if said else why
+            # A mistake that is in all runs is told once.
+            self._say(f"{run.name}: {'as before' if why in self.failed else why} ({run.log})")
+            self.failed.setdefault(why, []).append(f"{run.name} ({run.log})")
             taken.fail()
-            self._say(self.failed[-1])
             return
         taken.finish(metrics, metrics.get(key))
         self._seconds.append(seconds)

@@ -80,7 +80,10 @@ def published_arguments(run: RunRecord) -> list[str]:
             message names it.
     """
     if run.script not in SCRIPTS:
-        raise UserError(f"{one_line(run.script)[:100]!r} is not one of agr_hf's scripts ({', '.join(SCRIPTS)})")
+        raise UserError(
+            f"{one_line(run.script)[:100]!r} is not one of agr_hf's scripts ({', '.join(SCRIPTS)}); run your copy of it "
+            "with the arguments that the run's card shows"
+        )
     length = sum(map(len, argument_words(run.arguments)))
     if length > LONGEST:
         raise UserError(f"the published arguments have {length:,} characters; no run's have over {LONGEST:,}")
@@ -274,7 +277,10 @@ def resume(
             "or pass --script with the script of the run"
         )
     if output_dir is None:
-        raise UserError(f"{repo_id} is no folder here; pass --output-dir with a new folder for the run")
+        raise UserError(
+            f"there is no folder {repo_id!r} here; name the folder of a run, or for a repository on the Hub pass "
+            "--output-dir with a new folder too"
+        )
     output_dir = Path(output_dir)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

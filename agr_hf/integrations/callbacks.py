@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import (
@@ -258,7 +258,8 @@ class RecordRun(TrainingTime):
 
     Under `agr-hf run` every Trainer has one. The main process writes the file when training ends, and again after each later
     `trainer.evaluate()` and `predict()`, whole or not at all. Until then there is none: that of an earlier training in this
-    folder is removed when training begins. With `load_best_model_at_end` the metrics are those of the best checkpoint.
+    folder is removed when training begins, but for a finished run that is resumed and takes no step. With
+    `load_best_model_at_end` the metrics are those of the best checkpoint.
 
     Tokens, paths outside of the working folder and arguments that are named like a secret are not recorded. A hyperparameter
     search is not recorded, for a callback does not know the folders of its trials.
@@ -279,11 +280,16 @@ class RecordRun(TrainingTime):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self._train_data = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        self._further, self._state = {}, "search" if state.is_hyper_param_search else "training"
-        if state.is_world_process_zero and self._state == "training":
-            from agr_hf.tasks.own_run import remove_own_record
+        from agr_hf.tasks.own_run import has_own_record, remove_own_record
 
-            remove_own_record(str(args.output_dir))
+        folder = str(args.output_dir)
+        self._further, self._state = {}, "search" if state.is_hyper_param_search else "training"
+        if self._state == "training" and state.global_step >= state.max_steps and has_own_record(folder):
+            # Resumed, with nothing left to do: no step is of this process, and its optimizer may be another one.
+            self._state = "finished"
+            logger.info("%s holds a finished run: its record is left as it is", folder)
+        elif self._state == "training" and state.is_world_process_zero:
+            remove_own_record(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -319,9 +325,10 @@ class RecordRun(TrainingTime):
         further = {key: value for key, value in metrics.items() if not key.startswith("eval_") and key != "epoch"}
         self._further |= without_timings(further)
 
-    def _write(self, args: TrainingArguments, state: TrainerState, at_step: int | None = None, **kwargs: Any) -> None:
+    def _write(self, args: TrainingArguments, state: TrainerState, at_step: int | None = None, **kwargs: Any) -> bool:
+        """Whether the record was written."""
         if not state.is_world_process_zero:
-            return
+            return False
         from agr_hf.tasks.own_run import describe_own_dataset, loss_curve, write_own_record
         from agr_hf.tasks.runs import evaluation_metrics, summarize_epochs, summarize_gradients
 
@@ -335,7 +342,7 @@ class RecordRun(TrainingTime):
         if not metrics:
             metrics = {"train_loss": next((one["train_loss"] for one in reversed(log) if "train_loss" in one), None)}
         eval_data = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-        write_own_record(
+        return write_own_record(
             str(args.output_dir),
             model=kwargs["model"],
             optimizer=kwargs["optimizer"],
@@ -352,6 +359,14 @@ class RecordRun(TrainingTime):
 
 class AutomaticRecord(RecordRun):
     """What `agr-hf run` adds to every Trainer; a `RecordRun` of the script writes after it, and so wins."""
+
+    folders: ClassVar[dict[str, None]] = {}  # that this process has written a record into
+
+    def _write(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> bool:
+        written = super()._write(args, *rest, **kwargs)
+        if written:
+            self.folders[str(args.output_dir)] = None
+        return written
 
 
 class SaveOptimizerState(TrainerCallback):

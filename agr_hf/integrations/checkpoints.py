@@ -53,6 +53,7 @@ def resolve_checkpoint(
     if resume == "latest" or resume is True:
         found = None if output_dir is None else latest_checkpoint(output_dir, processes)
         if found is None:
+            logger.warning("%s has no checkpoint to resume from: training starts at step 0", output_dir)
             return None
         resume = str(found)
     elif fault := checkpoint_fault(resume):

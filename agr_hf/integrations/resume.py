@@ -151,23 +151,30 @@ def _check_resumed_callback(checkpoint: str) -> TrainerCallback:
     class CheckResumed(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             load_renamed_weights(kwargs["model"], checkpoint)
-            _say_agr_ends(kwargs.get("optimizer"), checkpoint)
+            if state.global_step < state.max_steps:
+                _say_agr_changes(kwargs.get("optimizer"), checkpoint)
 
     return CheckResumed()
 
 
-def _say_agr_ends(optimizer: torch.optim.Optimizer | None, checkpoint: str) -> None:
-    """Where a run with AGR goes on without: torch's AdamW takes the state, and whoever forgot --optim would not notice."""
+def _say_agr_changes(optimizer: torch.optim.Optimizer | None, checkpoint: str) -> None:
+    """Where a run with AGR goes on without, or the other way round: torch's AdamW and ours take each other's state, and
+    whoever forgot --optim would not notice."""
     path = Path(checkpoint) / "optimizer.pt"
-    if optimizer is None or not path.is_file() or has_agr(unwrapped(optimizer)):
+    if optimizer is None or not path.is_file():
         return
     groups = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
-    if any(any(agr_flags(group)) for group in groups if "agr" in group):
+    # AGR that was attached leaves its count alone.
+    had = any(any(agr_flags(group)) for group in groups if "agr" in group or "agr_step" in group)
+    has = has_agr(unwrapped(optimizer)) and any(any(agr_flags(group)) for group in optimizer.param_groups)
+    if had != has:
         logger.warning(
-            "%s was trained with AGR, and goes on without: this run's optimizer is %s; if that is not meant, give the "
-            "optimizer of the first run again (--optim agr_adamw, for example)",
+            "%s was trained %s AGR, and goes on %s: this run's optimizer is %s; if that is not meant, give the optimizer of "
+            "the first run again (--optim %s, for example)",
             checkpoint,
+            *(("with", "without") if had else ("without", "with")),
             type(unwrapped(optimizer)).__name__,
+            "agr_adamw" if had else "adamw_torch",
         )
 
 

@@ -95,6 +95,17 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(target, run_name="__main__")
+    _say_recorded()
+
+
+def _say_recorded() -> None:
+    from agr_hf.integrations.callbacks import AutomaticRecord
+
+    for folder in AutomaticRecord.folders:
+        print(
+            f"agr-hf: {folder}/results.json is the record of the run; its card: agr-hf card {folder}", file=sys.stderr
+        )
+    AutomaticRecord.folders.clear()
 
 
 def run_own_script(
@@ -118,9 +129,10 @@ def run_own_script(
         nonlocal resumed
         resumed = True
         Trainer.train = own_train  # type: ignore[method-assign]
-        _train_resumably()  # those that the script trains after it
         trainer.args.output_dir = str(output_dir)
-        return train(trainer, str(checkpoint))
+        found = train(trainer, str(checkpoint))
+        _train_resumably()  # those that the script trains after it
+        return found
 
     Trainer.train = train_on  # type: ignore[method-assign, assignment]
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agr_hf.errors import UserError
+from agr_hf.errors import UserError, suggest
 from agr_hf.integrations import private
 from agr_hf.integrations.clipping import clip_in_step
 from agr_hf.integrations.launch import check_launch
@@ -215,8 +215,9 @@ def parse_optim_args(info: OptimizerInfo, text: str | None) -> dict[str, Any]:
 
 def _unknown(info: OptimizerInfo, keys: list[str]) -> str:
     known = [key for key in inspect.signature(info.cls).parameters if key not in FIELDS]
+    shown = ", ".join(f"{key}{suggest(key, [*known, 'learning_rate'])}" for key in keys)
     return (
-        f"{info.name} has no option {', '.join(keys)}; it has {', '.join(known)}, and learning_rate, weight_decay, "
+        f"{info.name} has no option {shown}; it has {', '.join(known)}, and learning_rate, weight_decay, "
         "adam_beta1, adam_beta2 and adam_epsilon of TrainingArguments"
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agr_hf.errors import UserError
+from agr_hf.errors import UserError, suggest
 from agr_hf.optim.acprop import ACProp
 from agr_hf.optim.adal import AdaL
 from agr_hf.optim.adan import Adan, AGRAdan
@@ -85,7 +85,9 @@ def list_optimizers() -> list[str]:
 def optimizer_info(name: str) -> OptimizerInfo:
     """The record of an optimizer; a ValueError lists the names for one that is unknown."""
     if name not in OPTIMIZERS:
-        raise UserError(f"there is no optimizer {name!r}; the names are {', '.join(OPTIMIZERS)}")
+        raise UserError(
+            f"there is no optimizer {name!r}{suggest(name, OPTIMIZERS)}; the names are {', '.join(OPTIMIZERS)}"
+        )
     return OPTIMIZERS[name]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from agr_hf.errors import suggest
 from agr_hf.optim.backends import native
 from agr_hf.optim.backends.capture import check_graph_capture, untraced
 from agr_hf.optim.flattened import check_not_flat, check_not_flattened, is_deepspeed_here
@@ -73,8 +74,13 @@ class StepOptimizer(StatefulOptimizer):
     ) -> None:
         unknown = [key for key in options if key not in self.options]
         if unknown:
+            known = ["lr", "betas", "eps", "weight_decay", *self.options]
+            shown = ", ".join(f"{key}{suggest(key, known)}" for key in unknown)
+            raise TypeError(f"{type(self).__name__} has no option {shown}; it has {', '.join(known)}")
+        if isinstance(params, torch.nn.Module):
             raise TypeError(
-                f"{type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(self.options)}"
+                f"{type(self).__name__} takes parameters, but a model ({type(params).__name__}) was given; pass "
+                f"agr_param_groups(model), or model.parameters()"
             )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {key: option.default for key, option in self.options.items()} | options

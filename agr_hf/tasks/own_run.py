@@ -108,11 +108,15 @@ def write_own_record(
     return True
 
 
+def has_own_record(folder: str | os.PathLike[str]) -> bool:
+    """Whether `write_own_record` has written one of a training in this folder."""
+    return (Path(folder) / RESULTS).exists() and _is_free(folder)
+
+
 def remove_own_record(folder: str | os.PathLike[str]) -> None:
     """Remove what `write_own_record` left of an earlier training: it says nothing of the one that begins."""
-    path = Path(folder) / RESULTS
-    if path.exists() and _is_free(folder):
-        path.unlink()
+    if has_own_record(folder):
+        (Path(folder) / RESULTS).unlink()
 
 
 def _is_free(folder: str | os.PathLike[str]) -> bool:

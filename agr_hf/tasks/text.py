@@ -129,7 +129,9 @@ def load_articles(source: str, split: str, config: str | None = None) -> list[Ar
     elif path.is_file():
         articles = _read(path)
     elif path.is_absolute() or path.suffix in (*TEXT_SUFFIXES, ".parquet"):
-        raise UserError(f"there is no file {source!r}; pass a {', '.join(TEXT_SUFFIXES)} or .parquet file")
+        raise UserError(
+            f"there is no file or folder {source!r}; pass a {', '.join(TEXT_SUFFIXES)} or .parquet file, or a folder of them"
+        )
     else:
         articles = parse_rows(_from_hub(source, split, config))
     if not articles:

@@ -120,6 +120,8 @@ def claims_table(found: Mapping[str, Mapping[str, Any]], links: str | None = Non
         if own:
             finding = claim.judge(own["measured"])
             verdict, effect, n, size = f"**{finding.verdict}**", finding.effect, str(finding.n), own["size"]
+            if given := own.get("command", "").partition(" -- ")[2]:
+                size += f", with {given}"
         shown = f"[`{name}`]({links}/{name}.json)" if own and links else f"`{name}`"
         cells = [shown, f"{claim.paper}, {claim.where}", claim.says, verdict, effect, n, size]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from agr_hf.errors import UserError
 from agr_hf.experiments.claims.claim import Claim, Finding, Setting
 from agr_hf.experiments.compare import compare
 from agr_hf.experiments.comparison import Cell, plan_comparison
@@ -19,6 +21,7 @@ from agr_hf.experiments.paired import Paired, compare_metric, give_verdicts, is_
 from agr_hf.experiments.report import label
 from agr_hf.experiments.results import read_metrics
 from agr_hf.tasks.runs import lower_is_better
+from agr_hf.texts import public
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def measure(setting: Setting) -> dict[str, Any]:
     )  # fmt: skip
     output = setting.output / options["folder"]
     found = compare(comparison, output, workers=setting.workers)
+    for cell in comparison.cells:
+        _check_suspension(output / "runs" / cell.name / "seed-0", cell)
     rows = []
     for of in expected:
         cells = [Cell(name, tuple(of.settings.items())) for name in (of.optimizer, of.baseline)]
@@ -70,8 +75,20 @@ def measure(setting: Setting) -> dict[str, Any]:
             **{key: kept[key] for key in ("seeds", "values", "baseline_values")},
             "diverged": setting.seeds - len(kept["seeds"]),
         })  # fmt: skip
-    return {"task": options["task"], "arguments": options["arguments"], "margin": comparison.margin,
+    words = [*options["arguments"], *map(public, setting.arguments)]  # the last of two counts
+    return {"task": options["task"], "arguments": words, "margin": comparison.margin,
             "search": found["search"], "rows": rows}  # fmt: skip
+
+
+def _check_suspension(folder: Path, cell: Cell) -> None:
+    """Refuse a comparison of a suspension that never came."""
+    given = re.search(r"\bagr_steps=(\d+)", cell.optimizer)
+    epochs = json.loads((folder / "results.json").read_text())["epochs"] if given else []
+    if given and epochs and int(given[1]) >= (last := epochs[-1].get("step", math.inf)):
+        raise UserError(
+            f"{cell.optimizer} suspends AGR after {given[1]} steps, and its runs end after {last}: nothing was measured; "
+            "leave arguments that shorten the training out"
+        )
 
 
 def _value(output: Path, cell: Cell, seed: int, metric: str) -> float | None:
@@ -126,7 +143,7 @@ def sentence(row: Mapping[str, Any], of: Paired) -> str:
     low, high = sorted((sign * of.low, sign * of.high))
     return (
         f"{label(row)} minus {label({**row, 'optimizer': row['baseline']})}, "
-        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference:{form}} "
+        f"{WORDS.get(row['metric'], row['metric'])}: {sign * of.difference + 0.0:{form}} "  # no -0
         f"({'no interval' if math.isnan(low) else f'{low:{form}} to {high:{form}}'}), {of.verdict}"
     )
 
@@ -185,8 +202,10 @@ BETTER = versus(AGR, ["adamw"], "accuracy")
 def _claim(
     name: str, paper: str, where: str, says: str, sizes: Mapping[str, Setting], *, equal: bool = False, better: str = ""
 ) -> Claim:
-    confirmed = "equivalent within the margin" if equal else better or "better than each in the whole table (Holm, 5%)"
-    contradicted = "a difference beyond the margin" if equal else "worse, or equivalent within the margin"
+    confirmed = better or "better than each, by more than lies within the margin, in the whole table (Holm, 5%)"
+    contradicted = "worse, or within the margin"
+    if equal:
+        confirmed, contradicted = "equivalent within the margin", "a difference beyond the margin"
     return Claim(name, paper, where, says, confirmed, contradicted, measure, partial(judge, equal=equal), sizes)
 
 
