@@ -2,16 +2,18 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from agr_hf.cli import main
+from agr_hf.errors import UserError
 from agr_hf.experiments.claims import CLAIMS, SIZES, VERDICTS, claims_table, criteria, read_claims, run_claim, training
 from agr_hf.experiments.claims.gradients import tail_index
 from agr_hf.experiments.claims.theory import psi_jacobian, reddi_regret, slope
-from agr_hf.experiments.comparison import plan_comparison
+from agr_hf.experiments.comparison import Cell, plan_comparison
 from agr_hf.experiments.scope import ScopedAGRAdamW, scoped_psi
 from agr_hf.optim import AGRAdamW, agr
 
@@ -187,6 +189,18 @@ def test_a_loss_is_told_as_it_is():
     found = training.judge(rows(BETTER, metric="loss"))
     assert found.verdict == "contradicted"
     assert "AdamW(AGR) minus AdamW, test loss: +1 (" in found.effect
+
+
+def test_no_difference_is_no_minus_zero():
+    assert "test loss: +0 (" in training.judge(rows([0.0, 0.0], metric="loss")).effect
+
+
+@pytest.mark.parametrize(("last", "passes"), [(283, False), (284, True), (68, False)])
+def test_a_suspension_that_never_comes_is_no_measurement(last, passes, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"epochs": [{"step": 17}, {"step": last}]}))
+    training._check_suspension(tmp_path, Cell("agr_adamw"))
+    with nullcontext() if passes else pytest.raises(UserError, match=f"after 283 steps, and its runs end after {last}"):
+        training._check_suspension(tmp_path, Cell(training.SUSPENDED))
 
 
 def test_metrics_of_the_epochs():

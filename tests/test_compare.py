@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from agr_hf.cli import main
+from agr_hf.errors import UserError
 from agr_hf.experiments.compare import compare
 from agr_hf.experiments.comparison import plan_comparison
 from agr_hf.experiments.processes import interrupts_wait
@@ -260,6 +261,41 @@ def odd(tmp_path):
         )
 
     return plan_odd
+
+
+def test_a_mistake_that_is_in_all_runs_is_told_once(odd, tmp_path):
+    said = []
+    with pytest.raises(RuntimeError, match=r"^4 of 4 runs failed: exit code 1: out of memory \(.*\)$") as caught:
+        compare(odd("fails after its record"), tmp_path / "out", say=said.append)
+    assert str(caught.value).count("out of memory") == 1
+    assert str(caught.value).count(".log") == 4
+    assert ["out of memory" in line for line in said] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "sentence"),
+    [
+        ("images", "agr_adamww", r"no optimizer 'agr_adamww' \(did you mean agr_adamw\?\); the names are"),
+        ("images", "agr_adamw,agr_step=3", r"agr_adamw has no option agr_step \(did you mean agr_steps\?\); it has"),
+        ("functions", "agr_adamw,agr_steps", r"'agr_steps' is not allowed; entries are name=value"),
+        ("script", "agr_adamw,min_ndim=x", r"min_ndim='x' is not allowed"),
+    ],
+)
+def test_what_every_run_would_fail_of_is_said_before_the_first(task, name, sentence, script):
+    with pytest.raises(UserError, match=sentence):
+        plan_comparison(str(script) if task == "script" else task, ["adamw", name], 2, [], 0.2, None, [])
+
+
+def test_names_that_only_a_script_may_know_are_left_to_it(script):
+    assert plan(script, "adamw", "of_the_script,x=1").cells[1].optim == "of_the_script"
+    assert plan_comparison("images", ["adamw_torch", "m:Class"], 2, [], 0.2, None, []).cells[1].optim == "m:Class"
+
+
+def test_an_abbreviation_is_no_option(script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(script), "--optim", "adamw", "b", "--seed", "2", "--output", str(tmp_path / "out")])
+    assert "--seeds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, comparison: Comparison, workers: int, say: Callable[[str], None]) -> None:
         self._comparison, self._workers, self._say = comparison, workers, say
         self._seconds: list[float] = []
-        self.failed: dict[str, list[str]] = {}  # runs, with their logs, by what they failed of
+        self.failed: dict[str, list[str]] = {}  # logs of runs by what they failed of
 
     def _start(self, taken: Taken, folder: Path, cell: Cell | None) -> tuple[BaseProcess, ScriptRun]:
         known = taken.trial.user_attrs
@@ -46,8 +46,8 @@ class Pool:
         return run.start(), run
 
     def describe_failures(self) -> str:
-        """Which runs failed, and of what: each reason once."""
-        return "; ".join(f"{', '.join(runs)}: {why}" for why, runs in self.failed.items())
+        """What runs failed of, each reason once, with their logs."""
+        return "; ".join(f"{why} ({', '.join(logs)})" for why, logs in self.failed.items())
 
     @property
     def failures(self) -> int:
@@ -109,7 +109,7 @@ class Pool:
             why = f"{why}: {said}" if said else why
             # A mistake that is in all runs is told once.
             self._say(f"{run.name}: {'as before' if why in self.failed else why} ({run.log})")
-            self.failed.setdefault(why, []).append(f"{run.name} ({run.log})")
+            self.failed.setdefault(why, []).append(str(run.log))
             taken.fail()
             return
         taken.finish(metrics, metrics.get(key))

@@ -201,8 +201,13 @@ def reproduce(
     arguments, processes = prepare_rerun(published, output_dir)
     for line in differences(published):
         print(line)
+    files = published.dataset.get("files") or []
+    if files and not any("file" in word or "data" in word for word in extra if word.startswith("--")):
+        print(f"the run read files of its author ({one_line(', '.join(files))}): pass yours behind --, as --train_file PATH")
     run_script(published.script, [*arguments, *extra], processes)
     repeated = read_record(output_dir)
+    for line in other_data(published, repeated):
+        print(line)
     keys = list(dict.fromkeys([*published.metrics, *repeated.metrics]))
     rows = [(key, published.metrics.get(key), repeated.metrics.get(key)) for key in keys]
     record = {"source": public(source), "published": published.metrics, "repeated": repeated.metrics}
@@ -224,6 +229,17 @@ def differences(published: RunRecord) -> list[str]:
             here_too = here["versions"].get(name, "not installed")
             found.append(f"{one_line(name)}: published {one_line(version)}, here {here_too}")
     return found
+
+
+def other_data(published: RunRecord, repeated: RunRecord) -> list[str]:
+    """Where the data of two runs are known to differ, a sentence each: their results are not of the same thing then."""
+    keys = ("name", "hub_id", "revision", "config", "examples", "split", "evaluated", "sha256")
+    pairs = [(key, published.dataset.get(key), repeated.dataset.get(key)) for key in keys]
+    return [
+        f"other data than published: {key} {one_line(one)}, here {one_line(other)}"
+        for key, one, other in pairs
+        if None not in (one, other) and one != other
+    ]
 
 
 def comparison(rows: Sequence[tuple[str, Any, Any]]) -> str:

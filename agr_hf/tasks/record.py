@@ -52,6 +52,7 @@ class Dataset(TypedDict, total=False):
     revision: str | None
     config: str | None
     files: list[str] | None
+    sha256: list[str | None] | None
     examples: int | None
     split: str | None
     evaluated: int | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import math
 import os
@@ -120,7 +121,7 @@ def describe_dataset(
     complete: bool = True,
     config: str | None = None,
 ) -> dict[str, Any]:
-    """What a run was trained and evaluated on, for its record: of files, only their names are known to others.
+    """What a run was trained and evaluated on, for its record: of files, only names and digests are known to others.
 
     Args:
         name: as the script was given it: of a data set that comes with a package, a local folder or file, or a Hub id.
@@ -134,15 +135,24 @@ def describe_dataset(
         config: configuration of a Hub data set that has several.
     """
     evaluation = {"split": split, "evaluated": evaluated, "complete": complete}
-    given = [Path(file).name for file in files if file is not None]
+    given = [Path(file) for file in files if file is not None]
     if given and name in EMBEDDED:
-        name = Path(given[0]).stem
+        name = given[0].stem
     if given or Path(name).exists():
-        return {"name": Path(name).name, "files": given, "examples": examples, **evaluation}
+        known = {"files": [file.name for file in given], "sha256": list(map(_digest, given))}
+        return {"name": Path(name).name, **known, "examples": examples, **evaluation}
     hub_id, revision = pinned or (None if name in EMBEDDED else name, None)
     return {
         "name": name, "hub_id": hub_id, "revision": revision, "config": config, "examples": examples, **evaluation
     }  # fmt: skip
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, in hexadecimal; None for a folder."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # What a group holds besides the hyperparameters of the run.

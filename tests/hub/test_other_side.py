@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -132,6 +132,17 @@ def test_a_run_is_reproduced_to_the_bit_and_both_results_are_shown(trained, hub,
     monkeypatch.setattr(rerun, "run_script", run_here)
     rows = rerun.reproduce("lab/run", tmp_path / "other", ["--seed", "8"], api=hub.api())
     assert any(published != repeated for _, published, repeated in rows)
+
+
+def test_other_data_than_published_are_named():
+    known = {"name": "train", "files": ["train.parquet"], "sha256": ["a"], "examples": 500, "evaluated": None}
+    one, other = (replace(published("train_albert.py", {}), dataset={**known, **of}) for of in ({}, {
+        "sha256": ["b"], "examples": 400, "evaluated": 20})
+    )  # fmt: skip
+    assert rerun.other_data(one, one) == []
+    assert rerun.other_data(one, other) == [
+        "other data than published: examples 500, here 400", "other data than published: sha256 ['a'], here ['b']"
+    ]  # fmt: skip
 
 
 def published(script, arguments):

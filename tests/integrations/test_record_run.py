@@ -23,6 +23,7 @@ from agr_hf.cli import main
 from agr_hf.hub.cards import draw_curves, model_card
 from agr_hf.integrations.accelerate import record_run
 from agr_hf.integrations.callbacks import RecordRun
+from agr_hf.integrations.resume import train
 from agr_hf.tasks.own_run import describe_own_dataset, optimizer_name, script_arguments
 from agr_hf.tasks.record import read_record
 
@@ -318,6 +319,7 @@ def test_a_run_of_a_users_script_is_resumed_to_the_weights_of_one_never_stopped(
     )  # fmt: skip
     assert code == 0, out
     assert not (tmp_path / "elsewhere/model.safetensors").exists()
+    assert "there is already one" not in capsys.readouterr().err  # of callbacks that are added twice
     whole, more = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "more"))
     assert all(torch.equal(whole[key], more[key]) for key in whole)
     assert len(read_record(tmp_path / "more").epochs) == 4
@@ -344,16 +346,47 @@ def test_a_script_under_agr_hf_run_resumes_from_what_is_complete_and_hears_of_a_
     again = ("run", script, "--output_dir", tmp_path / "part", "--epochs", 4, "--resume", "latest")
     code, out = command(*again)
     assert code == 0, out
+    assert f"agr-hf: {tmp_path / 'part'}/results.json is the record of the run" in out
     assert f"{newest.name} is passed over" in out
     assert "goes on without" not in out
     whole, more = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
     assert all(torch.equal(whole[key], more[key]) for key in whole)
     code, out = command(*again[:-3], 5, *again[-2:], "--optim", "adamw_torch")
     assert code == 0, out
-    assert "was trained with AGR, and goes on without: this run's optimizer is AdamW" in out
+    assert out.count("was trained with AGR, and goes on without: this run's optimizer is AdamW") == 1
     # Its groups have the keys of the state that it took over; AGR is not attached to it all the same.
     assert (record := read_record(tmp_path / "part")).optimizer == "adamw"
     assert "agr_attached" not in record.config
+    # Nothing is left to do: whoever names another optimizer now has not trained with it.
+    code, out = command(*again[:-3], 5, *again[-2:], "--optim", "sgd")
+    assert code == 0, out
+    assert "goes on" not in out
+    assert read_record(tmp_path / "part").optimizer == "adamw"
+
+
+def test_a_run_that_goes_on_with_agr_is_told_so(tmp_path, caplog):
+    trained(tmp_path, optim="adamw_torch", num_train_epochs=1, save_strategy="epoch")
+    agr_hf.register()
+    options = {"optim": "agr_adamw", "num_train_epochs": 2, "max_steps": -1}
+    trainer = trainer_of(small_model(), arguments(tmp_path, **options), train_dataset=small_data(64))
+    with caplog.at_level(logging.WARNING):
+        train(trainer, "latest")
+    assert "was trained without AGR, and goes on with: this run's optimizer is AGRAdamW" in caplog.text
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_record(tmp_path):
+    options = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "epoch"}
+    trained(tmp_path, optim="agr_adamw", **options)
+    before = (tmp_path / "results.json").read_text()
+    trainer = trainer_of(small_model(), arguments(tmp_path, optim="adamw_torch", **options), train_dataset=small_data(64),
+                         eval_dataset=small_data(32), callbacks=[RecordRun()])  # fmt: skip
+    train(trainer, "latest")
+    trainer.evaluate()
+    assert (tmp_path / "results.json").read_text() == before
+    # A record that a kill has prevented is written.
+    (tmp_path / "results.json").unlink()
+    train(trainer, "latest")
+    assert read_record(tmp_path).metrics
 
 
 def test_card_of_a_folder_without_a_record_says_what_to_do(tmp_path, capsys):

@@ -20,7 +20,7 @@ def test_own_files_are_not_called_as_the_default_set():
     of = {"split": "test", "evaluated": 3, "complete": True}
     assert describe_dataset("digits", 5, ("/data/train.parquet", None), **of)["name"] == "train"
     assert describe_dataset("pydoc-topics", 5, ("wiki.train.tokens", "x.tokens"), **of) == {
-        "name": "wiki.train", "files": ["wiki.train.tokens", "x.tokens"], "examples": 5, **of,
+        "name": "wiki.train", "files": ["wiki.train.tokens", "x.tokens"], "sha256": [None, None], "examples": 5, **of,
     }  # fmt: skip
     assert describe_dataset("cifar10", 5, ("train.parquet",), **of)["name"] == "cifar10"
     nowhere = {"name": "digits", "hub_id": None, "revision": None, "config": None}
@@ -30,6 +30,12 @@ def test_own_files_are_not_called_as_the_default_set():
     assert describe_dataset("cifar10", 5, (), hub_source("cifar10", "abc"), **of)["revision"] == "abc"
     other = describe_dataset("some/set", 5, (), hub_source("some/set", "abc"), **of)
     assert (other["hub_id"], other["revision"]) == ("some/set", "abc")
+
+
+def test_files_are_known_by_their_digest(tmp_path):
+    (tmp_path / "train.txt").write_text("abc")
+    found = describe_dataset("x", 5, (str(tmp_path / "train.txt"), str(tmp_path)), split="test")
+    assert found["sha256"] == ["ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", None]
 
 
 @pytest.mark.parametrize("left", ["results.json", "checkpoint-8"])
