@@ -71,7 +71,6 @@ test-postgres: $(VENV)/installed
 
 # The app in Chromium (Debian's package chromium); screenshots go to build/screenshots.
 test-browser: $(VENV)/installed
-	@echo "installing agr_hf with torch and what its tests need: about 6 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --editable ".[app]" playwright
 	$(BIN)/python -m pytest tests/test_app.py
 	$(BIN)/python -m pytest -m browser
@@ -113,6 +112,7 @@ $(VENV)/installed: pyproject.toml $(wildcard agr_hf/optim/backends/*.[ch])
 		echo "agr_hf needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 		"name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing agr_hf with torch and what its tests need: about 6 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --editable ".[test]" $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 	touch $@
 
