@@ -68,7 +68,7 @@ def test_every_claim_says_what_would_confirm_and_contradict_it(capsys):
     out = capsys.readouterr().out
     assert all(f"| `{name}` |" in out for name in CLAIMS)
     assert "not measured" in out
-    assert "- `agr-norm`: confirmed by: no gradient of four laws" in out
+    assert "- `agr-norm`: confirmed by: no gradient drawn from four distributions" in out
 
 
 def test_a_claim_is_measured_by_the_command(tmp_path, capsys):

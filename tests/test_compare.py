@@ -124,8 +124,9 @@ def test_who_waits_for_the_run_of_a_stopped_command_says_so(script, tmp_path):
     release.start()
     compare(plan(script, "adamw", "helps", seeds=1), tmp_path / "out", say=said.append)
     release.join()
-    assert said[0] == "adamw, seed-0: a command that was stopped has it in hand; waiting for it"
-    assert len(said) == 3
+    assert said[0] == "one seed has no interval, and no verdict: two or more have"
+    assert said[1] == "adamw, seed-0: a command that was stopped has it in hand; waiting for it"
+    assert len(said) == 4
 
 
 @pytest.mark.kills

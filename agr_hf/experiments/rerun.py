@@ -203,7 +203,9 @@ def reproduce(
         print(line)
     files = published.dataset.get("files") or []
     if files and not any("file" in word or "data" in word for word in extra if word.startswith("--")):
-        print(f"the run read files of its author ({one_line(', '.join(files))}): pass yours behind --, as --train_file PATH")
+        print(
+            f"the run read files of its author ({one_line(', '.join(files))}): pass yours behind --, as --train_file PATH"
+        )
     run_script(published.script, [*arguments, *extra], processes)
     repeated = read_record(output_dir)
     for line in other_data(published, repeated):

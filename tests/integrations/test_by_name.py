@@ -263,7 +263,9 @@ class TestTimm:
     def test_an_unknown_option_gets_a_sentence_with_those_there_are(self, name):
         from timm.optim import create_optimizer_v2
 
-        with pytest.raises(TypeError, match="AGRAdamW has no option agr_step; it has .*agr_steps"):
+        with pytest.raises(
+            TypeError, match=r"AGRAdamW has no option agr_step \(did you mean agr_steps\?\); it has lr, .*agr_steps"
+        ):
             create_optimizer_v2(nn.Linear(2, 2), name, lr=0.1, agr_step=3)
 
     def test_timms_own_optimizers_are_left_alone(self):

@@ -180,10 +180,16 @@ def test_names_bring_their_defaults_and_arguments_win():
 
 
 def test_unknown_names_and_arguments_are_refused():
-    with pytest.raises(ValueError, match="no optimizer 'agradamw'; the names are agr_adamw, "):
+    with pytest.raises(
+        ValueError, match=r"no optimizer 'agradamw' \(did you mean agr_adamw\?\); the names are agr_adamw, "
+    ):
         create_optimizer("agradamw", nn.Linear(2, 2))
     with pytest.raises(TypeError, match="momentum"):
         create_optimizer("agr_adamw", nn.Linear(2, 2), momentum=0.9)
+    with pytest.raises(
+        TypeError, match=r"takes parameters, but a model \(Linear\) was given; pass agr_param_groups\(model\)"
+    ):
+        agr_hf.AGRAdamW(nn.Linear(2, 2))
 
 
 def test_public_names_are_all_there():

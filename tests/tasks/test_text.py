@@ -154,7 +154,7 @@ def test_wikitext_2_has_sixty_articles_in_every_form():
             "without a network pass --dataset_name pydoc-topics, a folder with wiki.train.tokens",
         ),
         ("Salesforce/wikitext", "train", "could not be had from the Hub .* --train_file"),
-        ("missing.tokens", "train", "there is no file 'missing.tokens'; pass a .tokens"),
+        ("missing.tokens", "train", "there is no file or folder 'missing.tokens'; pass a .tokens"),
         (EMBEDDED, "dev", "split 'dev' is not known; it must be one of train, validation, test"),
         ("{tmp}", "train", "has no files of the train split, only wiki.test.tokens; name a file with --train_file"),
         ("{tmp}", "test", "has no articles in its test split; an article begins at a line `= Title =`"),

@@ -177,7 +177,7 @@ def test_albert_base_has_the_published_number_of_parameters(script, tmp_path):
     ("words", "sentence"),
     [
         ("--dataset_name nobody/nothing", "could not be had from the Hub"),
-        ("--train_file missing.tokens --validation_file x.tokens", "there is no file 'missing.tokens'"),
+        ("--train_file missing.tokens --validation_file x.tokens", "there is no file or folder 'missing.tokens'"),
         ("--train_file wiki.tokens", "train_file and validation_file go together"),
         ("--validation_file wiki.tokens", "train_file and validation_file go together"),
         ("--optim_args steps=3", "agr_adamw has no option steps"),

@@ -67,8 +67,8 @@ def judge_cost(found: Mapping[str, Any]) -> Finding:
     step, whole = (interval(_middle(found["ratios"][part])) for part in ("step", "whole"))
     effect = (
         f"the step takes {step[0]:.3f} times that of torch's fused AdamW ({step[1]:.3f} to {step[2]:.3f}), the whole "
-        f"training step {whole[0]:.3f} times ({whole[1]:.3f} to {whole[2]:.3f}), {found['model']}; intervals over tenths of "
-        f"{len(found['ratios']['step'])} rounds, the median of each"
+        f"training step {whole[0]:.3f} times ({whole[1]:.3f} to {whole[2]:.3f}), {found['model']}; intervals of the "
+        f"medians of groups of {max(3, len(found['ratios']['step']) // 10)} measurements"
     )
     verdict = "confirmed" if whole[2] < 1.02 else "contradicted" if whole[1] > 1.02 else "cannot tell"
     return Finding(verdict, effect, n=len(_middle(found["ratios"]["step"])))

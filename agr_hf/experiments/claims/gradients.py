@@ -125,7 +125,7 @@ def draw_lognormal(found: Mapping[str, Any], path: Path) -> None:
 
 
 def judge_lognormal(found: Mapping[str, Any]) -> Finding:
-    """Nearly lognormal: a distance below 0.05, and nearest of the four laws, in most tensors."""
+    """Nearly lognormal: a distance below 0.05, and nearest of the four distributions, in most tensors."""
     seeds = sorted({row["seed"] for row in found["rows"]})
     nearest, near, distance, skewness = [], [], [], []
     for seed in seeds:
@@ -139,8 +139,8 @@ def judge_lognormal(found: Mapping[str, Any]) -> Finding:
     medians = {law: float(numpy.median([row["distance"][law] for row in found["rows"]])) for law in laws}
     others = ", ".join(f"{law} {value:.3f}" for law, value in medians.items() if law != "lognormal")
     effect = (
-        f"Kolmogorov's distance of |g| from a lognormal law: median {mean:.3f} ({low:.3f} to {high:.3f}); from others: "
-        f"{others}; lognormal is the nearest of the four in {numpy.mean(nearest):.0%} of the tensors; "
+        f"Kolmogorov's distance of |g| from a lognormal distribution: median {mean:.3f} ({low:.3f} to {high:.3f}); from "
+        f"others: {others}; lognormal is the nearest of the four in {numpy.mean(nearest):.0%} of the tensors; "
         f"log|g| is skewed to the left ({numpy.mean(skewness):.2f})"
     )
     majority, close = interval(nearest), interval(near)
@@ -183,9 +183,9 @@ def judge_smaller_rate(found: Mapping[str, Any]) -> Finding:
     first, last = interval([of[0] for of in tenths]), interval([of[-1] for of in tenths])
     more = interval([of[-1] - of[0] for of in tenths])
     effect = (
-        f"the step is smaller by {first[0]:.2e} ({first[1]:.1e} to {first[2]:.1e}) of itself for the smallest tenth of the "
-        f"averages and by {last[0]:.2e} ({last[1]:.1e} to {last[2]:.1e}) for the largest; a rate of 1e-3 becomes "
-        f"{1e-3 * (1 - last[0]):.6g}"
+        f"where averaged gradients are smallest (a tenth of all elements) AGR shortens a step by {100 * first[0]:.2g}% "
+        f"({100 * first[1]:.2g} to {100 * first[2]:.2g}%), where they are largest by {100 * last[0]:.2g}% "
+        f"({100 * last[1]:.2g} to {100 * last[2]:.2g}%): a rate of 1e-3 becomes {1e-3 * (1 - last[0]):.6g}"
     )
     verdict = "confirmed" if more[1] > 0 else "contradicted" if more[2] < 0 else "cannot tell"
     return Finding(verdict, effect, n=len(tenths))
@@ -281,7 +281,7 @@ def judge_noise(found: Mapping[str, Any]) -> Finding:
 CLAIMS = [
     Claim(
         "agr-lognormal", "AGR", "section 2, after Chmiel et al. 2020", "gradients are approximately lognormal",
-        "|g| of most layers is within 0.05 of a lognormal law (Kolmogorov), and nearer to it than to three others",
+        "|g| of most layers is within 0.05 of a lognormal distribution (Kolmogorov), and nearer to it than to three others",
         "most layers are neither", measure_lognormal, judge_lognormal,
         {"small": Setting(seeds=8, options={"steps": [0, 50, 200]})}, draw_lognormal,
     ),

@@ -243,7 +243,7 @@ def judge_functions(found: Mapping[str, Any]) -> Finding:
 CLAIMS = [
     Claim(
         "agr-norm", "AGR", "theorem 4.1, first inequality", "‖Ψ(g)‖₂ is at most ‖g‖₂",
-        "no gradient of four laws has a larger norm after Ψ", "one has", measure_norm, judge_norm,
+        "no gradient drawn from four distributions has a larger norm after Ψ", "one has", measure_norm, judge_norm,
         {"small": Setting(options={"draws": 10_000})},
     ),
     Claim(

@@ -224,14 +224,14 @@ CLAIMS = [
         {"small": setting(150, "images", "digits", DIGITS, BETTER)},
     ),
     _claim(
-        "agr-cifar", "AGR", "section 5.3, figures 2 and 3", "AdamW(AGR) trains CNNs on CIFAR better than AdamW",
+        "agr-cifar", "AGR", "section 5.3.1, figures 2 and 3", "AdamW(AGR) trains CNNs on CIFAR better than AdamW",
         {
             "small": setting(16, "images", "cifar", CIFAR, BETTER),
             "published": setting(4, "images", "cifar-published", ["--recipe", "agr-cifar100", *PAPER], BETTER),
         },
     ),
     _claim(
-        "agr-tiny-imagenet", "AGR", "tables 4 to 6", "AdamW(AGR) trains Swin, ConvNeXt and TinyViT better than AdamW",
+        "agr-tiny-imagenet", "AGR", "tables 3 and 4", "AdamW(AGR) trains Swin, ConvNeXt and TinyViT better than AdamW",
         {
             "published": setting(
                 4, "images", "tiny-imagenet-published", ["--recipe", "agr-tiny-imagenet", *PAPER],
@@ -259,7 +259,7 @@ CLAIMS = [
         },
     ),
     _claim(
-        "agr-ddpm", "AGR", "table 2 and figure 4", "Adan(AGR) trains a DDPM better than five other optimizers",
+        "agr-ddpm", "AGR", "tables 1 and 2", "Adan(AGR) trains a DDPM better than five other optimizers",
         {
             "small": setting(8, "ddpm", "ddpm", DDPM, versus("agr_adan", DDPM_RIVALS, "frechet_distance_pixels")),
             "published": setting(
@@ -268,7 +268,7 @@ CLAIMS = [
         },
     ),
     _claim(
-        "agr-albert", "AGR", "table 3", "AdamW(AGR) trains ALBERT better than AdamW at each of five weight decays",
+        "agr-albert", "AGR", "table 6", "AdamW(AGR) trains ALBERT better than AdamW at each of five weight decays",
         {
             "small": setting(8, "albert", "albert", ALBERT, DECAY_ROWS, **FIVE_DECAYS),
             "published": setting(
