@@ -31,6 +31,6 @@ def describe_missing(error: ModuleNotFoundError) -> str | None:
 
 
 def suggest(given: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)" for a name that is nearly one of those known, else nothing."""
+    """Words to follow a name that is nearly one of those known: " (did you mean X?)"; none for others."""
     near = get_close_matches(given, list(known), n=1, cutoff=0.75)
     return f" (did you mean {near[0]}?)" if near else ""

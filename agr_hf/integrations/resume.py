@@ -42,7 +42,8 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
       by this function too.
     - A run with `max_steps` that is finished takes one step more.
     - A sharded optimizer state that was saved before an option of the groups existed, or by torch's AdamW, is not loaded.
-    - A run with AGR goes on with torch's AdamW where its optimizer is not named again. It may be meant: a warning says so.
+    - A run with AGR goes on with torch's AdamW where its optimizer is not named again, and the other way round. It may be
+      meant: a warning says so.
 
     Args:
         trainer: ready to train.
