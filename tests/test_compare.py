@@ -205,6 +205,9 @@ def test_a_search_tunes_each_optimizer_with_seeds_of_its_own(script, tmp_path):
         # The loss of the script is least at a scale of 1.
         best = min(trials, key=lambda scale: abs(math.log(scale)))
         assert tuned[name]["scale"] == best
+        tried = found["search"]["tried"][name]
+        assert sorted(of["arguments"]["scale"] for of in tried) == sorted(trials)
+        assert min(tried, key=lambda of: of["value"])["arguments"] == tuned[name]
         assert {float(scale) for optimizer, seed, scale in lines if optimizer == name and seed != "1000000"} == {best}
     assert len(lines) == 2 * (5 + 2)
     compare(comparison, tmp_path / "out")  # repeats nothing

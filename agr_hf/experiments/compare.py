@@ -23,7 +23,7 @@ from agr_hf.experiments.comparison import TASKS, Cell, Comparison, make_words
 from agr_hf.experiments.paired import Paired, bootstrap_interval, give_verdicts, pair_metric
 from agr_hf.experiments.pool import Pool
 from agr_hf.experiments.report import write_reports
-from agr_hf.experiments.trials import Worker, open_storage
+from agr_hf.experiments.trials import Trials, Worker, open_storage
 from agr_hf.files import write_text
 from agr_hf.tasks.runs import plain
 
@@ -63,7 +63,8 @@ def compare(
     if comparison.seeds == 1:
         say("one seed has no interval, and no verdict: two or more have")
     try:
-        tuned = _search(comparison, output, database, worker, pool)
+        searches = _search(comparison, output, database, worker, pool)
+        tuned = {name: search.best() for name, search in searches.items()}
         queue = comparison.open_trials(database, worker)
         # A seed after the other: a comparison that is looked at early has pairs.
         queue.add({
@@ -77,7 +78,8 @@ def compare(
         ) from None
     finally:
         worker.end()
-    found = summarize(comparison, queue.metrics(), tuned)
+    tried = {name: search.tried() for name, search in searches.items()}
+    found = summarize(comparison, queue.metrics(), {"tuned": tuned, "tried": tried} if tuned else None)
     write_text(output / "comparison.json", json.dumps(plain(found), indent=2, allow_nan=False) + "\n")
     write_reports([output])
     if pool.failed:
@@ -85,10 +87,8 @@ def compare(
     return found
 
 
-def _search(
-    comparison: Comparison, output: Path, database: Any, worker: Worker, pool: Pool
-) -> dict[str, dict[str, float]]:
-    """The best arguments for each cell, by as many trials for each; nothing where there is no search."""
+def _search(comparison: Comparison, output: Path, database: Any, worker: Worker, pool: Pool) -> dict[str, Trials]:
+    """A search of the best arguments for each cell, with as many trials for each; none where nothing is searched."""
     searches = {}
     for cell in comparison.cells if comparison.ranges else ():
         searches[cell.name] = comparison.open_trials(database, worker, cell)
@@ -96,7 +96,7 @@ def _search(
         pool.work(searches[cell.name], output / "tuning" / cell.name, cell)
     if pool.failed:
         raise RuntimeError(f"{pool.failures} runs of the search failed: {pool.describe_failures()}")
-    return {name: search.best() for name, search in searches.items()}
+    return searches
 
 
 def _claim(comparison: Comparison, output: Path) -> None:
@@ -130,7 +130,7 @@ def _claim(comparison: Comparison, output: Path) -> None:
 
 
 def summarize(
-    comparison: Comparison, found: Mapping[str, dict[str, Any]], tuned: Mapping[str, Mapping[str, float]]
+    comparison: Comparison, found: Mapping[str, dict[str, Any]], searched: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Every optimizer against the baseline, in each setting and metric, over the seeds that both finished."""
     metrics = {
@@ -172,7 +172,7 @@ def summarize(
             {"optimizer": cell.optimizer, "settings": dict(cell.settings), "folder": cell.name}
             for cell in comparison.cells
         ],
-        "search": {**comparison.identity, "tuned": tuned} if tuned else None,
+        "search": {**comparison.identity, **searched} if searched else None,
         "diverged": diverged,
         "comparisons": [{**head, **asdict(paired)} for (head, _), paired in zip(rows, verdicts, strict=True)],
         **environment(),

@@ -259,10 +259,17 @@ class Trials:
         return {trial.user_attrs["run"]: trial.user_attrs["metrics"] for trial in self._trials(TrialState.COMPLETE)}
 
     def best(self) -> dict[str, float]:
-        """The searched arguments of the best among the first trials, as many as the budget has."""
+        """The searched arguments of the best trial."""
         sign = -1 if self._maximize else 1
-        first = self._trials(TrialState.COMPLETE)[: self._budget]
-        return min(first, key=lambda t: sign * (t.value or 0.0)).params
+        return min(self._searched(), key=lambda t: sign * (t.value or 0.0)).params
+
+    def tried(self) -> list[dict[str, Any]]:
+        """The searched arguments of each trial, with the value that the search goes by."""
+        return [{"arguments": trial.params, "value": trial.value} for trial in self._searched()]
+
+    def _searched(self) -> list[optuna.trial.FrozenTrial]:
+        """The first trials that are done, as many as the budget has."""
+        return self._trials(TrialState.COMPLETE)[: self._budget]
 
     def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
         """Those in one of some states, or all."""
