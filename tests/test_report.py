@@ -75,6 +75,29 @@ def test_verdicts_come_first_as_sentences(tmp_path):
     assert "a CPU" in page.text
 
 
+def test_a_report_says_what_was_trained(tmp_path):
+    folder = comparison(tmp_path)
+    for path in folder.glob("runs/*/seed-0/results.json"):
+        found = json.loads(path.read_text())
+        found["dataset"] = {"name": f"digits{EVIL}", "examples": 1077, "evaluated": 360}
+        found["config"] = {"model_name": "vit-micro", "parameters": 105_226, "learning_rate": 1e-3}
+        path.write_text(json.dumps(found))
+    pages = [path.read_text() for path in write_reports([folder])[:2]]
+    for text in (Page(pages[0]).text, pages[1]):
+        assert "vit-micro, 1,077 training examples, 360 evaluated, 105,226 parameters, 2 epochs" in text
+    assert not any(EVIL in page for page in pages)
+
+
+def test_what_has_no_interval_is_drawn_without_one(tmp_path):
+    folder = comparison(tmp_path, seeds=1)
+    found = json.loads((folder / "comparison.json").read_text())
+    found["comparisons"][0].update(low=None, high=None, verdict="cannot tell")
+    (folder / "comparison.json").write_text(json.dumps(found))
+    page = html_report([read_comparison(folder)])
+    assert "nan" not in page
+    assert "+0.9, no interval" in page
+
+
 def test_curves_costs_and_layers_come_from_the_runs(tmp_path):
     page = Page(html_report([read_comparison(comparison(tmp_path))]))
     pictures = [

@@ -108,7 +108,11 @@ def leaderboard(runs: Iterable[RunRecord]) -> str:
         seed = json.dumps([known, run.config.get("data_seed")])
         if seed in by_seed:
             logger.warning(
-                "there are two runs of seed %s that differ in nothing; the one finished last counts", run.seed
+                "two runs of %s with seed %s differ in nothing, finished %s and %s; the one finished last counts",
+                run.optimizer,
+                run.seed,
+                by_seed[seed].finished,
+                run.finished,
             )
         by_seed[seed] = max(run, by_seed.get(seed, run), key=lambda one: one.finished or "")
     lines = ["| task | data | model | optimizer | rate | settings | runs | metric | value | seconds |",

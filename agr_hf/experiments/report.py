@@ -142,6 +142,7 @@ def conditions(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     chosen = [f"{name}: {', '.join(f'{k} {v:.3g}' for k, v in of.items())}" for name, of in search["tuned"].items()]
     rows = {
         "command": shlex.join(_command(found)),
+        "a run": next((run["trained"] for runs in found["runs"].values() for run in runs if run["trained"]), ""),
         "search": chosen
         and f"{search['trials']} trials for each optimizer, with a seed of their own; {'; '.join(chosen)}",
         "device": f"{found['device']}, {found['cpu_cores']} cores",

@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations`: see agr_hf/schema.py.
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -9,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from agr_hf.errors import UserError
 from agr_hf.schema import Number, check_entries, find_reason
+from agr_hf.texts import one_line
 
 
 class Cell(TypedDict):
@@ -75,9 +78,10 @@ def read_run(path: Path) -> dict[str, Any]:
     """What reports show of a `results.json` beside its metrics; what has another form than a record's is left out."""
     found = _read_json(path)
     epochs, gradients = _as(list, found.get("epochs")), _as(dict, found.get("gradients"))
-    epochs = [_as(dict, one) for one in epochs]
+    epochs = [one for one in map(partial(_as, dict), epochs) if is_number(one.get("epoch")) and one["epoch"] > 0]
     return {
-        "epochs": [one for one in epochs if is_number(one.get("epoch")) and one["epoch"] > 0],
+        "epochs": epochs,
+        "trained": _describe_training(found, epochs),
         "seconds": found["seconds"] if is_number(found.get("seconds")) else None,
         "peak_memory_bytes": found["peak_memory_bytes"] if is_number(found.get("peak_memory_bytes")) else None,
         "effects": {
@@ -86,6 +90,21 @@ def read_run(path: Path) -> dict[str, Any]:
             if is_number(_as(dict, of).get("effect"))
         },
     }
+
+
+def _describe_training(found: Mapping[str, Any], epochs: list[dict[str, Any]]) -> str:
+    """Data, model and length of a run in a few words, as far as its record says them."""
+    data, config = _as(dict, found.get("dataset")), _as(dict, found.get("config"))
+    numbers = {
+        "training examples": data.get("examples"),
+        "evaluated": data.get("evaluated"),
+        "parameters": config.get("parameters"),
+        "epochs": epochs[-1]["epoch"] if epochs else None,
+    }
+    names = (data.get("name"), config.get("model_name") or config.get("model_class"))
+    words = [one_line(name)[:100] for name in names if isinstance(name, str) and name]
+    shown = {what: f"{n:,}" if isinstance(n, int) else f"{n:g}" for what, n in numbers.items() if is_number(n)}
+    return ", ".join([*words, *[f"{number} {what}" for what, number in shown.items()]])
 
 
 def read_comparison(folder: Path) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def test_a_repetition_of_a_seed_is_no_second_run(tmp_path, caplog):
     assert "| 2 | Top-1 accuracy | 0.6 ± 0.42 |" in table[0]  # 0.9 and 0.3
     assert "processes=1" in table[0]
     assert "| 1 | Top-1 accuracy | 0.5 |" in table[1]
-    assert "two runs of seed 0 that differ in nothing; the one finished last counts" in caplog.text
+    assert "with seed 0 differ in nothing, finished " in caplog.text
 
 
 def test_runs_without_a_seed_and_older_runs_without_processes_are_counted(tmp_path):
