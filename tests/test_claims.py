@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def test_the_table_of_the_documents_is_that_of_the_measurements():
     page = (DOCS / "claims.md").read_text(encoding="utf-8")
     assert claims_table(MEASURED, "claims") in page
     assert criteria() in page
+
+
+def test_the_means_of_the_documents_are_those_of_the_measurements():
+    page = (DOCS / "claims.md").read_text(encoding="utf-8")
+    table = page.partition("## What was trained")[2].partition("\n## ")[0]
+    lines = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    assert len(lines) == 10
+    for name, line in lines.items():
+        for row in MEASURED[name]["measured"]["rows"]:
+            for values in (row["values"], row["baseline_values"]):
+                mean = statistics.fmean(values)
+                shown = f"{mean:.2f}%" if row["metric"] == "accuracy" else f"{mean:.4f}"
+                assert shown in line or row["metric"] == "roughness_error", (name, row["optimizer"])
 
 
 def test_every_claim_says_what_would_confirm_and_contradict_it(capsys):

@@ -292,6 +292,7 @@ def test_what_every_run_would_fail_of_is_said_before_the_first(task, name, sente
 
 def test_names_that_only_a_script_may_know_are_left_to_it(script):
     assert plan(script, "adamw", "of_the_script,x=1").cells[1].optim == "of_the_script"
+    assert plan(script, "adamw,x=1", "agr_adamw").cells[0].optim == "adamw"
     assert plan_comparison("images", ["adamw_torch", "m:Class"], 2, [], 0.2, None, []).cells[1].optim == "m:Class"
 
 

@@ -149,13 +149,13 @@ def plan_comparison(
 
 
 def _check_optimizer(task: str, cell: Cell) -> None:
-    """Refuse an optimizer that every run would fail of. A script of the user's may know names of its own."""
+    """Refuse an optimizer that every run would fail of. A script of the user's may know names and options of its own."""
     from transformers.training_args import OptimizerNames
 
     from agr_hf.integrations.trainer import parse_optim_args
 
     info = OPTIMIZERS.get(cell.optim)
-    if info is not None:
+    if info is not None and (info.ours or task in TASKS):
         parse_optim_args(info, cell.optimizer.partition(",")[2])
     elif task in TASKS and ":" not in cell.optim and cell.optim not in list(OptimizerNames):
         optimizer_info(cell.optim)  # says which there are
