@@ -102,8 +102,8 @@ def plan_comparison(
     """What a command line asks for; `metric` is what a search goes by, by default that of the task.
 
     Raises:
-        UserError: fewer than two optimizers, a baseline that is not among them, an argument that is compare's own, a
-            search without trials, or no such script.
+        UserError: fewer than two optimizers, one or an option that does not exist, a baseline that is not among them, an
+            argument that is compare's own, a search without trials, or no such script.
     """
     names = list(dict.fromkeys(optimizers))
     baseline = baseline or names[0]
