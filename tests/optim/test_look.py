@@ -143,6 +143,16 @@ def test_an_object_that_got_another_tensor_is_read_anew(language):
     assert look(*given, kept, addresses) == -1
 
 
+def test_torch_is_asked_nothing_that_it_would_complain_of(capfd):
+    """Its functions for C print what they fail of: a sparse tensor has no strides, and no memory of its own."""
+    given, kinds, addresses = given_rows()
+    look, describe = functions_in("C")
+    kept = describe(kinds)
+    given[1][1] = torch.ones(2, 3).to_sparse()
+    assert look(*given, kept, addresses) == -1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_extension_looks_at_nothing_where_torch_lays_its_objects_in_another_way():
     functions_in("C")
     tensor = torch.empty(0)
