@@ -153,6 +153,13 @@ def test_torch_is_asked_nothing_that_it_would_complain_of(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_a_tensor_whose_memory_is_a_librarys_is_not_described():
+    _, describe = functions_in("C")
+    with pytest.raises(ValueError, match="entry 0 is no tensor with memory of its own"):
+        describe([torch.ones(4, 4).to_mkldnn()])
+
+
 def test_the_extension_looks_at_nothing_where_torch_lays_its_objects_in_another_way():
     functions_in("C")
     tensor = torch.empty(0)
