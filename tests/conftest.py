@@ -38,7 +38,7 @@ def _leave_nothing_of_a_run():
     config.pop("agr_hf", None)
     trainer = sys.modules.get("transformers.trainer")
     if trainer is not None:
-        from agr_hf.integrations.callbacks import AutomaticRecord
+        from agr_hf.integrations.recording import AutomaticRecord
 
         trainer.DEFAULT_CALLBACKS[:] = [kept for kept in trainer.DEFAULT_CALLBACKS if kept is not AutomaticRecord]
 

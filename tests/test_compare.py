@@ -267,7 +267,7 @@ def odd(tmp_path):
     return plan_odd
 
 
-def test_a_mistake_that_is_in_all_runs_is_told_once(odd, tmp_path):
+def test_a_mistake_that_all_runs_share_is_reported_once(odd, tmp_path):
     said = []
     with pytest.raises(RuntimeError, match=r"^4 of 4 runs failed: exit code 1: out of memory \(.*\)$") as caught:
         compare(odd("fails after its record"), tmp_path / "out", say=said.append)

@@ -107,7 +107,7 @@ class Pool:
         if why or metrics is None:
             said = run.last_line() if process.exitcode else ""
             why = f"{why}: {said}" if said else why
-            # A mistake that is in all runs is told once.
+            # A mistake that all runs share is reported once.
             self._say(f"{run.name}: {'as before' if why in self.failed else why} ({run.log})")
             self.failed.setdefault(why, []).append(str(run.log))
             taken.fail()

@@ -29,7 +29,7 @@ def _register_again() -> _Registration:
 
 
 def _prepare() -> None:
-    from agr_hf.integrations.callbacks import AutomaticRecord
+    from agr_hf.integrations.recording import AutomaticRecord
 
     register()
     private.add_default_callback(AutomaticRecord)
@@ -99,7 +99,7 @@ def run(target: str, arguments: Sequence[str], *, as_module: bool = False) -> No
 
 
 def _say_recorded() -> None:
-    from agr_hf.integrations.callbacks import AutomaticRecord
+    from agr_hf.integrations.recording import AutomaticRecord
 
     for folder in AutomaticRecord.folders:
         print(

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerCallbac
 from agr_hf.errors import UserError
 from agr_hf.hub.push import push_finished, take_over_push
 from agr_hf.integrations import register
-from agr_hf.integrations.callbacks import AutomaticRecord, GradientStatistics, SuspendAGR, TrainingTime
+from agr_hf.integrations.callbacks import GradientStatistics, SuspendAGR
 from agr_hf.integrations.epochs import EpochData, EpochOf
 from agr_hf.integrations.launch import check_launch
+from agr_hf.integrations.recording import AutomaticRecord, TrainingTime
 from agr_hf.integrations.resume import save_model, train
 from agr_hf.integrations.trainer import OptimizerFactory, parse_optim_args, trainer_optimizer
 from agr_hf.optim.registry import list_optimizers, optimizer_info

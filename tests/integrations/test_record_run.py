@@ -359,7 +359,7 @@ def test_a_script_under_agr_hf_run_resumes_from_what_is_complete_and_hears_of_a_
     assert "agr_attached" not in record.config
 
 
-def test_a_run_that_goes_on_with_agr_is_told_so(tmp_path, caplog):
+def test_a_run_that_resumes_with_agr_gets_a_warning(tmp_path, caplog):
     trained(tmp_path, optim="adamw_torch", num_train_epochs=1, save_strategy="epoch")
     agr_hf.register()
     options = {"optim": "agr_adamw", "num_train_epochs": 2, "max_steps": -1}

@@ -25,7 +25,7 @@ def functions_in(language):
     if language == "Python":
         return looks.look_in_python, looks.describe_in_python
     if looks.look is looks.look_in_python:
-        pytest.skip("no functions to look at tensors: they need the extension")
+        pytest.skip("the C extension is not built: it needs a C compiler when the package is installed")
     return looks.look, looks.describe
 
 
@@ -153,7 +153,9 @@ def test_torch_is_asked_nothing_that_it_would_complain_of(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN, whose tensors the test makes"
+)
 def test_a_tensor_whose_memory_is_a_librarys_is_not_described():
     _, describe = functions_in("C")
     with pytest.raises(ValueError, match="entry 0 is no tensor with memory of its own"):
