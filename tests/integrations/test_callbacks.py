@@ -170,7 +170,7 @@ def test_half_a_step_is_one_of_this_run_and_not_of_trainers_three_epochs(at_epoc
 
 def test_seconds_are_those_of_all_parts_of_a_run(tmp_path, monkeypatch):
     now = itertools.count()  # a second passes at each step, and wherever the time is asked for
-    monkeypatch.setattr(callbacks_module, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    monkeypatch.setattr("agr_hf.integrations.recording.time", SimpleNamespace(perf_counter=lambda: next(now)))
 
     class Slow(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
