@@ -10,6 +10,7 @@ from oracle import OURS, WITH_AGR, as_parameters, gradients, initial, run_optimi
 
 from agr_hf import AGRAdamW, agr
 from agr_hf.optim import part, state
+from agr_hf.optim.backends.capture import untraced
 from agr_hf.optim.registry import OPTIMIZERS
 from agr_hf.optim.shards import widest
 
@@ -358,6 +359,27 @@ def test_the_step_compiles(name):
     run_optimizer(make(name, others), others, steps)
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_untraced_stays_out_of_a_compiled_graph():
+    traced = []
+
+    def keep(module, inputs):
+        traced.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    def look(x):
+        return x.square()
+
+    def step(x, looked):
+        return looked(x + 1) * 2
+
+    x = torch.ones(2)
+    for looked, expected in ((untraced(look), False), (look, True)):
+        traced.clear()
+        assert torch.equal(torch.compile(step, backend=keep)(x, looked), torch.full((2,), 8.0))
+        assert any("add" in name for name in traced)
+        assert any("square" in name for name in traced) == expected
 
 
 def test_groups_that_the_user_edits_go_on():
